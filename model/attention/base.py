@@ -1,0 +1,61 @@
+"""The attention protocol: what a layer hands over, what a backend promises.
+
+Decoder attention is causal over a paged cache, bottom-right aligned: the last query of a sequence sees all its
+keys. Encoder attention is bidirectional within each clip of a packed batch. Metadata is built once per step and
+passed as an argument; there is no global context. Host copies of the lengths travel beside the device tensors so
+that no backend has to read a tensor back (a device sync) to plan its work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where the packed tokens of one step live. Decodes (one query each) come first, then prefill chunks."""
+
+    query_lens: tuple[int, ...]
+    """Tokens of each sequence in this step."""
+    seq_lens: tuple[int, ...]
+    """Keys of each sequence, this step's tokens included."""
+    num_decodes: int
+    """The first so many sequences have exactly one query."""
+    block_table: Tensor
+    """int64 [B, M]: the blocks of each sequence; entries past its length are 0."""
+    slot_mapping: Tensor
+    """int64 [T]: block * P + offset, where each token's key and value go."""
+    seq_lens_device: Tensor
+    """int64 [B]: `seq_lens` on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderMetadata:
+    """Clips of one packed encoder run."""
+
+    lens: tuple[int, ...]
+    """Encoder frames of each clip, in packed order."""
+
+
+class AttentionBackend(Protocol):
+    """One implementation of both attentions."""
+
+    name: str
+    block_sizes: tuple[int, ...]
+    """Block sizes it supports, the preferred one first."""
+
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Write this step's keys and values to the cache, then attend.
+
+        query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D].
+        """
+        ...
+
+    def encode(self, query: Tensor, key: Tensor, value: Tensor, metadata: EncoderMetadata) -> Tensor:
+        """Bidirectional attention within each clip. query, key, value: [E, H, D] -> [E, H, D]."""
+        ...

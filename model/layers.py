@@ -1,0 +1,52 @@
+"""Layers shared by the towers: RMSNorm and rotary position embedding.
+
+Dimension key of this package: T packed tokens, B sequences, C hidden, H heads, D head dim, L layers, N blocks,
+P block size, M blocks per sequence, F mel frames, E encoder frames, A audio tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: statistics in float32, cast back, then times the weight (Qwen2RMSNorm's order)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, C] -> [T, C]."""
+        if x.dtype == torch.float32:
+            return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        x32 = x.float()
+        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x32 * scale).to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding, half-split form: dims i and i + D/2 turn together."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+        self._inv_freq = 1.0 / theta**exponent  # no buffer: it is never stored, nor cast with the weights
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Angles once per step for all layers. positions: int64 [T] -> cos, sin: [T, 1, D/2].
+
+        Computed in float32 and then cast, as in the reference.
+        """
+        if self._inv_freq.device != positions.device:
+            self._inv_freq = self._inv_freq.to(positions.device)
+        angle = positions[:, None].float() * self._inv_freq
+        return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [T, H, D], cos and sin: [T, 1, D/2] -> [T, H, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

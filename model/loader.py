@@ -1,0 +1,169 @@
+"""Safetensors on disk -> a `Qwen2Audio` on the device. Every tensor exactly once, or an error that names it.
+
+One table maps each published name (the hub's, as written by `save_pretrained` of transformers 4 and 5) to a
+parameter of ours and, where we keep several published tensors as one (`qkv_proj`, `gate_up_proj`), to its rows.
+Weights are read memory-mapped and copied straight into place: the peak is the model plus one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.attention.base import AttentionBackend
+from model.config import AudioConfig, Qwen2AudioConfig, TextConfig, read_json
+from model.errors import CheckpointError
+from model.qwen2_audio import Qwen2Audio
+
+LM_HEAD = "language_model.lm_head.weight"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+Progress = Callable[[int, int], None]
+"""Called with (tensors loaded, tensors in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a published tensor goes: rows `start` to `start + rows` of a parameter, or all of it (rows None)."""
+
+    parameter: str
+    start: int = 0
+    rows: int | None = None
+
+
+def name_table(config: Qwen2AudioConfig) -> dict[str, Target]:
+    """Published tensor name -> target, for every tensor that a checkpoint of this shape holds."""
+    return dict(
+        [
+            *_decoder_names(config.text),
+            *_encoder_names(config.audio),
+            ("multi_modal_projector.linear.weight", Target("projector.weight")),
+            ("multi_modal_projector.linear.bias", Target("projector.bias")),
+        ]
+    )
+
+
+def load_model(
+    folder: Path,
+    config: Qwen2AudioConfig,
+    backend: AttentionBackend,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Qwen2Audio:
+    """Build the model and fill it from `folder`. Raises CheckpointError."""
+    files = _tensor_files(folder)
+    table = name_table(config)
+    if config.text.tie_word_embeddings and LM_HEAD not in files:
+        del table[LM_HEAD]
+    _check_names(set(files), set(table))
+    with torch.device("meta"):
+        model = Qwen2Audio(config, backend)
+    if LM_HEAD in files:  # a file that holds its own lm_head is right, whatever its config says of tying
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for layer in model.audio_tower.layers:
+        layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
+    parameters = dict(model.named_parameters())
+    for done, (name, tensor) in enumerate(_read(folder, files), start=1):
+        _copy(name, tensor, table[name], parameters)
+        if progress is not None:
+            progress(done, len(files))
+    return model
+
+
+def _copy(name: str, tensor: Tensor, target: Target, parameters: dict[str, torch.nn.Parameter]) -> None:
+    parameter = parameters[target.parameter]
+    place = parameter if target.rows is None else parameter[target.start : target.start + target.rows]
+    if place.shape != tensor.shape:
+        raise CheckpointError(
+            f"tensor {name} has shape {list(tensor.shape)}; config.json calls for {list(place.shape)}"
+        )
+    place.copy_(tensor)
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index or from the single file's header. Raises CheckpointError."""
+    if (folder / INDEX_FILE).exists():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{INDEX_FILE} has no weight_map")
+        return {str(name): str(file) for name, file in weight_map.items()}
+    if not (folder / SINGLE_FILE).exists():
+        raise CheckpointError(f"{folder} holds neither {INDEX_FILE} nor {SINGLE_FILE}")
+    with _open(folder / SINGLE_FILE) as file:
+        return dict.fromkeys(file.keys(), SINGLE_FILE)
+
+
+def _read(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors shard by shard. Raises CheckpointError when index and shard disagree."""
+    for shard in sorted(set(files.values())):
+        wanted = {name for name, file in files.items() if file == shard}
+        with _open(folder / shard) as file:
+            held = set(file.keys())
+            if held != wanted:
+                odd = sorted(held ^ wanted)[0]
+                raise CheckpointError(f"{shard} and {INDEX_FILE} disagree about tensor {odd}")
+            for name in sorted(wanted):
+                yield name, file.get_tensor(name)
+
+
+def _open(path: Path) -> safe_open:
+    if path.name != Path(path.name).name or not path.exists():
+        raise CheckpointError(f"weight file {path.name} is missing from {path.parent}")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"weight file {path.name} cannot be read: {error}") from None
+
+
+def _check_names(held: set[str], wanted: set[str]) -> None:
+    for problem, names in (("is missing", wanted - held), ("is not part of the model", held - wanted)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"tensor {sorted(names)[0]}{more} {problem}")
+
+
+def _decoder_names(config: TextConfig) -> Iterator[tuple[str, Target]]:
+    yield LM_HEAD, Target("lm_head.weight")
+    yield "language_model.model.embed_tokens.weight", Target("decoder.embed_tokens.weight")
+    yield "language_model.model.norm.weight", Target("decoder.norm.weight")
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    for index in range(config.num_hidden_layers):
+        theirs, ours = f"language_model.model.layers.{index}", f"decoder.layers.{index}"
+        for kind in ("weight", "bias"):
+            fused = f"{ours}.self_attn.qkv_proj.{kind}"
+            yield f"{theirs}.self_attn.q_proj.{kind}", Target(fused, 0, q)
+            yield f"{theirs}.self_attn.k_proj.{kind}", Target(fused, q, kv)
+            yield f"{theirs}.self_attn.v_proj.{kind}", Target(fused, q + kv, kv)
+        fused = f"{ours}.mlp.gate_up_proj.weight"
+        yield f"{theirs}.mlp.gate_proj.weight", Target(fused, 0, config.intermediate_size)
+        yield (
+            f"{theirs}.mlp.up_proj.weight",
+            Target(fused, config.intermediate_size, config.intermediate_size),
+        )
+        same = ("self_attn.o_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
+        for name in same:
+            yield f"{theirs}.{name}.weight", Target(f"{ours}.{name}.weight")
+
+
+def _encoder_names(config: AudioConfig) -> Iterator[tuple[str, Target]]:
+    yield "audio_tower.embed_positions.weight", Target("audio_tower.embed_positions.weight")
+    for kind in ("weight", "bias"):
+        for name in ("conv1", "conv2", "layer_norm"):
+            yield f"audio_tower.{name}.{kind}", Target(f"audio_tower.{name}.{kind}")
+        for index in range(config.encoder_layers):
+            layer = f"audio_tower.layers.{index}"
+            for shard, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                if (name, kind) != ("k_proj", "bias"):
+                    target = Target(f"{layer}.qkv_proj.{kind}", shard * config.d_model, config.d_model)
+                    yield f"{layer}.self_attn.{name}.{kind}", target
+            yield f"{layer}.self_attn.out_proj.{kind}", Target(f"{layer}.out_proj.{kind}")
+            for name in ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2"):
+                yield f"{layer}.{name}.{kind}", Target(f"{layer}.{name}.{kind}")

@@ -1,0 +1,85 @@
+"""The decoder: Qwen2 over packed tokens [T, C]. There is no batch dimension and no padding.
+
+Read top-down: Qwen2Decoder -> DecoderLayer -> SelfAttention, Mlp. Weights that are read together are stored
+together (`qkv_proj`, `gate_up_proj`); the loader knows how the published tensors fill them.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention.base import AttentionBackend, AttentionMetadata
+from model.config import TextConfig
+from model.layers import RMSNorm, RotaryEmbedding, apply_rotary
+
+
+class Qwen2Decoder(nn.Module):
+    """Token embedding, the layers and the final norm."""
+
+    def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, backend) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
+
+    def forward(self, hidden: Tensor, positions: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """hidden: [T, C], positions: int64 [T], kv: [L, 2, N, P, Hkv, D] -> [T, C]."""
+        cos, sin = self.rotary.tables(positions, hidden.dtype)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, cos, sin, kv[index], metadata)
+        return self.norm(hidden)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, backend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """hidden: [T, C] -> [T, C]."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, kv_layer, metadata)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class SelfAttention(nn.Module):
+    """Rotary grouped-query attention; biases on q, k, v and none on o."""
+
+    def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.backend = backend
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """x: [T, C] -> [T, C]."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        out = self.backend.decode(query, key, value, kv_layer, metadata)
+        return self.o_proj(out.flatten(1))
+
+
+class Mlp(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, C] -> [T, C]."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)

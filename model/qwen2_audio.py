@@ -1,0 +1,48 @@
+"""Qwen2-Audio: the audio tower, the projector and the decoder. The only file that knows both towers.
+
+A step of the engine is: `encode_audio` for clips that are new, `embed` for the packed tokens (audio rows are then
+overwritten by the caller's slices of the encoded clips), `forward`, and `compute_logits` for the rows that sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from model.attention.base import AttentionBackend, AttentionMetadata
+from model.audio_encoder import AudioEncoder
+from model.config import Qwen2AudioConfig
+from model.qwen2 import Qwen2Decoder
+
+
+class Qwen2Audio(nn.Module):
+    """The whole model. Parameters are uninitialised noise until `model.loader` fills them."""
+
+    def __init__(self, config: Qwen2AudioConfig, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.audio_tower = AudioEncoder(config.audio, backend)
+        self.projector = nn.Linear(config.audio.d_model, config.text.hidden_size)
+        self.decoder = Qwen2Decoder(config.text, backend)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        if config.text.tie_word_embeddings:
+            self.lm_head.weight = self.decoder.embed_tokens.weight
+
+    def encode_audio(self, clips: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Clips to rows of the decoder's input. clips: float32 [S_i] at 16 kHz -> one [A_i, C] each."""
+        hidden, num_tokens = self.audio_tower(clips)
+        return self.projector(hidden).split(num_tokens)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids: int64 [T] -> [T, C]."""
+        return self.decoder.embed_tokens(token_ids)
+
+    def forward(self, hidden: Tensor, positions: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """hidden: [T, C], positions: int64 [T], kv: [L, 2, N, P, Hkv, D] -> normalised hidden [T, C]."""
+        return self.decoder(hidden, positions, kv, metadata)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [B, C] -> float32 [B, V]."""
+        return self.lm_head(hidden).float()
