@@ -1,0 +1,155 @@
+"""The engine's heart: one step is schedule -> execute -> update. One thread, no queues, no clocks.
+
+Built by `EngineCore.build` from a checkpoint folder; what it measured while building is in `info`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from engine.block_manager import BlockManager
+from engine.device import resolve_device, resolve_dtype
+from engine.encoder_cache import EncoderCache
+from engine.errors import EngineStartError, RequestError
+from engine.memory import num_kv_blocks
+from engine.messages import EngineArgs, EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
+from engine.model_runner import ModelRunner
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from model.attention import select_backend
+from model.config import MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES, Qwen2AudioConfig, num_audio_tokens
+from model.errors import ModelError
+from model.loader import Progress, load_model
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Requests in by `add_request`, tokens out by `step`."""
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, info: EngineInfo, seed: int | None = None) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.info = info
+        self._seeds = random.Random(seed)
+
+    @classmethod
+    def build(cls, args: EngineArgs, progress: Progress | None = None) -> EngineCore:
+        """Load the checkpoint and take the memory. Raises EngineStartError that says what to mend."""
+        try:
+            return _build(args, progress)
+        except ModelError as error:
+            raise EngineStartError(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            raise EngineStartError(
+                "out of memory while loading: lower --max-model-len, --max-num-seqs or --gpu-memory-utilization"
+            ) from error
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would compute something."""
+        return self.scheduler.has_work
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters as of now."""
+        return self.scheduler.stats
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request. Raises RequestError when it could never run."""
+        self._check(request)
+        seed = request.sampling.seed
+        self.scheduler.add(Sequence(request, self._seeds.getrandbits(63) if seed is None else seed))
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request. Fine when it has just ended."""
+        self.scheduler.abort(request_id)
+        self.runner.release(request_id)
+
+    def step(self) -> list[EngineOutput]:
+        """Compute one step. -> what it gave, one output at most for each request."""
+        plan = self.scheduler.schedule()
+        result = self.runner.execute(plan)
+        outputs = self.scheduler.update(plan, result.sampled, result.failed_clips)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.runner.release(output.request_id)
+        return outputs
+
+    def _check(self, request: EngineRequest) -> None:
+        """The HTTP side has checked all this; the engine does not trust it with everybody's requests."""
+        length = len(request.prompt_token_ids)
+        position = 0
+        for clip in request.clips:
+            if clip.offset < position or clip.offset + clip.num_tokens > length:
+                raise RequestError("audio placeholders lie outside the prompt or overlap")
+            if not 0 < len(clip.samples) <= MAX_AUDIO_SAMPLES or clip.num_tokens != num_audio_tokens(
+                len(clip.samples)
+            ):
+                raise RequestError("an audio clip's length does not match its placeholders")
+            position = clip.offset + clip.num_tokens
+        if not 0 < length < self.info.max_model_len:
+            raise RequestError(f"a prompt has 1 to {self.info.max_model_len - 1} tokens; this one has {length}")
+        if not all(0 <= token < self.info.vocab_size for token in request.prompt_token_ids):
+            raise RequestError("the prompt holds a token id outside the vocabulary")
+        if self.scheduler.knows(request.request_id):
+            raise RequestError("the request id is in use")
+
+
+def failed(request_id: str, reason: str) -> EngineOutput:
+    """The only and last output of a request that the engine refuses."""
+    return EngineOutput(request_id, finish_reason=FinishReason.ERROR, error=reason)
+
+
+def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
+    started = time.monotonic()
+    folder = Path(args.model_folder)
+    config = Qwen2AudioConfig.from_folder(folder)
+    device = resolve_device(args.device)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
+    backend, attention_reason = select_backend(args.attention_backend)
+    max_model_len = _context_length(args, config)
+    model = load_model(folder, config, backend, dtype, device, progress)
+    block_size = backend.block_sizes[0]
+    num_blocks = num_kv_blocks(args, model, block_size, max_model_len)
+    max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)
+    scheduler = Scheduler(
+        BlockManager(num_blocks, block_size),
+        EncoderCache(max(args.encoder_cache_tokens, num_audio_tokens(MAX_AUDIO_SAMPLES))),
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_encoder_frames=max_encoder_frames,
+        max_model_len=max_model_len,
+    )
+    info = EngineInfo(
+        max_model_len=max_model_len,
+        vocab_size=config.text.vocab_size,
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({torch.get_num_threads()} threads)",
+        dtype=str(dtype).removeprefix("torch."),
+        dtype_reason=dtype_reason,
+        attention_backend=backend.name,
+        attention_reason=attention_reason,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=args.max_num_seqs,
+        load_seconds=time.monotonic() - started,
+    )
+    return EngineCore(ModelRunner(model, num_blocks, block_size, args.max_num_seqs), scheduler, info, args.seed)
+
+
+def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:
+    longest = config.text.max_position_embeddings
+    if args.max_model_len is not None and args.max_model_len > longest:
+        raise EngineStartError(
+            f"--max-model-len {args.max_model_len}: the checkpoint was made for {longest} at most"
+        )
+    return args.max_model_len or longest

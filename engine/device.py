@@ -1,0 +1,38 @@
+"""Which device and which precision, each with the reason that the start-up line prints."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.errors import EngineStartError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cuda` or `cpu` -> a device. Raises EngineStartError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineStartError("--device cuda: torch sees no CUDA device here; use --device cpu or mend the driver")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, stored: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """`auto` or a name -> (dtype, reason). `stored` is the checkpoint's precision."""
+    if name != "auto":
+        return DTYPES[name], "asked for"
+    if stored not in DTYPES:
+        raise EngineStartError(f"the checkpoint's dtype {stored!r} is unknown; name one with --dtype")
+    if device.type == "cuda":
+        return DTYPES[stored], "as stored"
+    if stored == "bfloat16" and _cpu_multiplies_bfloat16():
+        return torch.bfloat16, "as stored; this CPU multiplies bfloat16 natively"
+    return torch.float32, f"this CPU is faster in float32 than in the stored {stored}"
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # before torch 2.13

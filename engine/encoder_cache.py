@@ -1,0 +1,82 @@
+"""Which clips' embeddings are on the device. Torch-free accounting; the runner holds the tensors.
+
+An entry is keyed by the clip's content hash, so identical clips in flight are encoded once. A sequence holds a
+reference from the step that first needs the clip until its last placeholder is computed. Unreferenced entries
+stay until room is needed and go in order of last use. Sizes are counted in audio tokens (rows of embeddings).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from engine.messages import AudioClip
+
+
+@dataclass(slots=True)
+class _Entry:
+    num_tokens: int
+    holders: set[str] = field(default_factory=set)
+    """Request ids."""
+
+
+class EncoderCache:
+    """See the module's docstring."""
+
+    def __init__(self, capacity: int) -> None:
+        """capacity: audio tokens; at least one whole clip."""
+        self.capacity = capacity
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._evicted: list[str] = []
+
+    def has(self, clip: AudioClip) -> bool:
+        """Whether the clip's embeddings are there, or will be by the end of this step's encoder run."""
+        return clip.content_hash in self._entries
+
+    def is_held(self, clip: AudioClip) -> bool:
+        """Whether some request needs the clip now."""
+        entry = self._entries.get(clip.content_hash)
+        return entry is not None and bool(entry.holders)
+
+    def can_hold(self, num_tokens: int) -> bool:
+        """Whether clips of `num_tokens` in all, not held so far, fit beside those that are."""
+        held = sum(entry.num_tokens for entry in self._entries.values() if entry.holders)
+        return held + num_tokens <= self.capacity
+
+    def add(self, clip: AudioClip) -> None:
+        """Reserve room for a clip about to be encoded. Call `can_hold` first."""
+        assert clip.content_hash not in self._entries, "one entry for each hash"
+        used = sum(entry.num_tokens for entry in self._entries.values())
+        for content_hash in [key for key, entry in self._entries.items() if not entry.holders]:
+            if used + clip.num_tokens <= self.capacity:
+                break
+            used -= self._entries[content_hash].num_tokens
+            self.drop(content_hash)
+        self._entries[clip.content_hash] = _Entry(clip.num_tokens)
+
+    def hold(self, clip: AudioClip, request_id: str) -> None:
+        """Keep the clip for a request, and mark it as used."""
+        self._entries[clip.content_hash].holders.add(request_id)
+        self._entries.move_to_end(clip.content_hash)
+
+    def release(self, clip: AudioClip, request_id: str) -> None:
+        """The request no longer needs the clip. No error if it did not hold it."""
+        if entry := self._entries.get(clip.content_hash):
+            entry.holders.discard(request_id)
+
+    def drop(self, content_hash: str) -> None:
+        """Forget an entry; the runner is told by the next `take_evicted`."""
+        del self._entries[content_hash]
+        self._evicted.append(content_hash)
+
+    def take_evicted(self) -> tuple[str, ...]:
+        """Hashes dropped since the last call, for the runner to free. One that came back is not among them."""
+        gone = tuple(key for key in self._evicted if key not in self._entries)
+        self._evicted.clear()
+        return gone
+
+    def check_integrity(self, running: set[str]) -> None:
+        """Only running requests hold clips, and the budget is kept. Raises AssertionError."""
+        for entry in self._entries.values():
+            assert entry.holders <= running, "a request that does not run holds a clip"
+        assert sum(entry.num_tokens for entry in self._entries.values()) <= self.capacity

@@ -1,0 +1,23 @@
+"""What can go wrong between the caller and the engine, by owner.
+
+EngineError
+├── RequestError       this request: the engine refused it or its own computation failed; others go on
+├── EngineDeadError    the process: it has failed or ended; every request in flight ends with this
+└── EngineStartError   the process could not start; the message tells the operator what to mend
+"""
+
+
+class EngineError(Exception):
+    """Base of all that the engine tells its callers."""
+
+
+class RequestError(EngineError):
+    """One request failed inside the engine. Safe to show to whoever sent it."""
+
+
+class EngineDeadError(EngineError):
+    """The engine has died or was shut down; requests in flight are lost."""
+
+
+class EngineStartError(EngineError):
+    """The engine could not be built: checkpoint, device or memory. Read by the operator."""

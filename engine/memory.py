@@ -1,0 +1,71 @@
+"""How many KV blocks fit. On CUDA the worst step is run once and what it leaves is taken; on a CPU a budget holds."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.errors import EngineStartError
+from engine.messages import EngineArgs
+from model.attention import AttentionMetadata
+from model.config import MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES
+from model.kv_cache import allocate_kv_cache, bytes_per_block
+from model.qwen2_audio import Qwen2Audio
+
+CPU_KV_BYTES = 2 << 30
+"""Default budget on a CPU. Pages are touched only when they are first used."""
+
+
+def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len: int) -> int:
+    """Blocks to allocate, the null block included. Raises EngineStartError when one full context does not fit."""
+    weight = model.lm_head.weight
+    block_bytes = bytes_per_block(model.config.text, block_size, weight.dtype)
+    per_sequence = -(-max_model_len // block_size)
+    most = args.max_num_seqs * per_sequence  # more could never be used
+    num_blocks = min(most, _budget(args, model, block_size) // block_bytes)
+    if num_blocks < per_sequence:
+        raise EngineStartError(
+            f"the KV cache holds {max(0, num_blocks) * block_size} tokens, fewer than --max-model-len {max_model_len}: "
+            "lower --max-model-len, or give it more by --kv-cache-memory-bytes or --gpu-memory-utilization"
+        )
+    return num_blocks + 1
+
+
+def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
+    """Bytes for the KV cache."""
+    if args.kv_cache_memory_bytes is not None:
+        return args.kv_cache_memory_bytes
+    device = model.lm_head.weight.device
+    if device.type != "cuda":
+        return CPU_KV_BYTES
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    _run_largest_step(args, model, block_size)
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    elsewhere = total - free - torch.cuda.memory_reserved(device)
+    needed = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return int(total * args.gpu_memory_utilization) - elsewhere - needed
+
+
+@torch.inference_mode()
+def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> None:
+    """The encoder's largest run, then one sequence that fills the token budget, then logits for every sequence."""
+    device = model.lm_head.weight.device
+    num_clips = max(1, args.max_encoder_frames // MAX_MEL_FRAMES)
+    model.encode_audio([torch.zeros(MAX_AUDIO_SAMPLES, device=device)] * num_clips)
+    num_tokens = args.max_num_batched_tokens
+    num_blocks = -(-num_tokens // block_size)
+    positions = torch.arange(num_tokens, device=device)
+    metadata = AttentionMetadata(
+        query_lens=(num_tokens,),
+        seq_lens=(num_tokens,),
+        num_decodes=0,
+        block_table=torch.arange(num_blocks, device=device)[None],
+        slot_mapping=positions,
+        seq_lens_device=torch.tensor([num_tokens], device=device),
+    )
+    dtype = model.lm_head.weight.dtype
+    kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, device)
+    hidden = model(model.embed(torch.zeros_like(positions)), positions, kv_cache, metadata)
+    model.compute_logits(hidden[:1].expand(args.max_num_seqs, -1)).softmax(-1)

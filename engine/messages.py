@@ -1,0 +1,187 @@
+"""Everything that crosses between the HTTP process and the engine process: frozen values, no behaviour.
+
+Texts never cross: prompts arrive as token ids, answers leave as token ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. STOP and LENGTH are OpenAI's words; ABORT is never sent to anybody."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Ranges are checked where requests enter (server/schema.py)."""
+
+    max_tokens: int
+    """At least 1. The caller has fitted it to the context."""
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens are not sampled before so many tokens."""
+    temperature: float = 1.0
+    """0: greedy."""
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output (Keskar et al. 2019, as in transformers)."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """These two over the output only, as OpenAI defines them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    """int64. The same seed gives the same answer whoever shares the batch."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end the answer, end-of-sequence ids included unless the request ignores them."""
+    logprobs: int | None = None
+    """None: none. n >= 0: the sampled token's, and the n best's, before temperature and penalties."""
+
+
+@dataclass(frozen=True, slots=True)
+class AudioClip:
+    """One clip, and where its embeddings go in the prompt."""
+
+    samples: NDArray[np.float32]
+    """[S], mono, 16 kHz, at most 30 s."""
+    content_hash: str
+    """Equal hash, equal samples: the key of the encoder cache."""
+    offset: int
+    """Index in the prompt of its first placeholder token."""
+    num_tokens: int
+    """Placeholder tokens: `model.config.num_audio_tokens(S)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request as the engine sees it."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    """Audio placeholders already expanded: one id for each position."""
+    sampling: SamplingParams
+    clips: tuple[AudioClip, ...] = ()
+    """In order of offset, not overlapping."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the sampled token's and the most likely ones', best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """What one step gave one request. The last one of a request has a finish_reason."""
+
+    request_id: str
+    new_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each new token when asked for, else empty."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The stop token that ended it (it is also the last new token)."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were not computed again."""
+    error: str | None = None
+    """With FinishReason.ERROR: what went wrong, safe to show."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """Forget a request; nothing more is sent for it."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Leave the loop and end the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Facts that the engine knows once it is ready; measured ones among them."""
+
+    max_model_len: int
+    """Tokens, prompt and answer together."""
+    vocab_size: int
+    device: str
+    dtype: str
+    dtype_reason: str
+    attention_backend: str
+    attention_reason: str
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot after a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    """0..1."""
+    num_preemptions: int = 0
+    num_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """Engine to client: the outputs of one step."""
+
+    outputs: tuple[EngineOutput, ...]
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """Engine to client: it could not start, or cannot go on. The last message."""
+
+    reason: str
+
+
+ToEngine = EngineRequest | AbortRequest | Shutdown
+FromEngine = EngineInfo | StepOutputs | EngineFailed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineArgs:
+    """How to build an engine. Sent to the engine process when it starts."""
+
+    model_folder: str
+    device: str = "auto"
+    dtype: str = "auto"
+    attention_backend: str = "auto"
+    max_model_len: int | None = None
+    """None: what the checkpoint allows."""
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_encoder_frames: int = 12_000
+    """Mel frames of new clips that one step may encode: 120 s of audio."""
+    encoder_cache_tokens: int = 16_384
+    """Audio tokens whose embeddings may stay on the device."""
+    kv_cache_memory_bytes: int | None = None
+    """None: from `gpu_memory_utilization` on CUDA, 2 GiB at most on a CPU."""
+    gpu_memory_utilization: float = 0.92
+    num_threads: int | None = None
+    """CPU threads of the engine; None: all cores."""
+    seed: int | None = None
+    """Makes the seeds of requests that bring none repeatable, in order of arrival; None: from the system."""

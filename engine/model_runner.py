@@ -1,0 +1,110 @@
+"""The device's owner: loads the model, holds the KV cache and the encoded clips, runs plans. Decides nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.input_batch import InputBatch, build_input_batch
+from engine.messages import AudioClip
+from engine.sampler import Sampler
+from engine.scheduler import SampledToken, SchedulerOutput
+from engine.sequence import Sequence
+from model.attention import AttentionMetadata
+from model.kv_cache import allocate_kv_cache
+from model.qwen2_audio import Qwen2Audio
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a plan gave."""
+
+    sampled: dict[str, SampledToken]
+    """By request id, for every sequence of the plan that samples."""
+    failed_clips: frozenset[str] = frozenset()
+    """Content hashes of clips that could not be encoded."""
+
+
+class ModelRunner:
+    """`execute` plans; `release` what an ended request leaves behind."""
+
+    def __init__(self, model: Qwen2Audio, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
+        self.model = model
+        self.block_size = block_size
+        weight = model.lm_head.weight
+        self.device = weight.device
+        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, weight.dtype, weight.device)
+        self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, weight.device)
+        self._clips: dict[str, Tensor] = {}
+        """Content hash -> embeddings [A, C]."""
+
+    @torch.inference_mode()
+    def execute(self, plan: SchedulerOutput) -> StepResult:
+        """Encode the new clips, run the packed tokens, sample where a sequence has caught up."""
+        for content_hash in plan.evicted_clips:
+            self._clips.pop(content_hash, None)
+        failed = self._encode(plan.clips_to_encode)
+        if not plan.scheduled:
+            return StepResult({}, failed)
+        hidden = self._forward(build_input_batch(plan, self.block_size))
+        sampling = [item.sequence for item in plan.scheduled if item.samples]
+        return StepResult(self._sample(hidden, sampling), failed)
+
+    def release(self, request_id: str) -> None:
+        """Forget an ended request. Fine for one never seen."""
+        self.sampler.penalties.release(request_id)
+
+    def _forward(self, batch: InputBatch) -> Tensor:
+        """-> normalised hidden states of the rows that sample, [B, C]."""
+        hidden = self.model.embed(self._to_device(batch.token_ids))
+        for rows in batch.audio_rows:
+            if (clip := self._clips.get(rows.content_hash)) is not None:
+                hidden[rows.target : rows.target + rows.num_rows] = clip[rows.source : rows.source + rows.num_rows]
+        metadata = AttentionMetadata(
+            query_lens=batch.query_lens,
+            seq_lens=batch.seq_lens,
+            num_decodes=batch.num_decodes,
+            block_table=self._to_device(batch.block_table),
+            slot_mapping=self._to_device(batch.slot_mapping),
+            seq_lens_device=torch.tensor(batch.seq_lens, device=self.device),
+        )
+        hidden = self.model(hidden, self._to_device(batch.positions), self.kv_cache, metadata)
+        return hidden[self._to_device(batch.sample_rows)]
+
+    def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> dict[str, SampledToken]:
+        if not sequences:
+            return {}
+        return self.sampler.sample(self.model.compute_logits(hidden), sequences)
+
+    def _encode(self, clips: Rows[AudioClip]) -> frozenset[str]:
+        """Fill `_clips`. A clip that breaks the batch is found by encoding one at a time. -> the hashes that failed."""
+        if not clips:
+            return frozenset()
+        try:
+            self._encode_batch(clips)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if len(clips) == 1:
+                logger.exception("a clip could not be encoded")
+                return frozenset({clips[0].content_hash})
+            return frozenset().union(*(self._encode([clip]) for clip in clips))
+        return frozenset(
+            clip.content_hash for clip in clips if not bool(self._clips[clip.content_hash].isfinite().all())
+        )
+
+    def _encode_batch(self, clips: Rows[AudioClip]) -> None:
+        samples = [self._to_device(clip.samples) for clip in clips]
+        for clip, rows in zip(clips, self.model.encode_audio(samples), strict=True):
+            if rows.shape[0] != clip.num_tokens:
+                raise ValueError(f"{clip.num_tokens} placeholders for {rows.shape[0]} audio tokens")
+            self._clips[clip.content_hash] = rows
+
+    def _to_device(self, array: object) -> Tensor:
+        return torch.as_tensor(array).to(self.device, non_blocking=True)

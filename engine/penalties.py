@@ -1,0 +1,62 @@
+"""Which tokens a sequence has seen, on the device: what the penalties and the repetition penalty look at.
+
+A sequence that asks for a penalty gets a row when it first samples and keeps it until it ends; a preemption does
+not disturb it. Rows are counts over the vocabulary, so the tables exist only once somebody asks for a penalty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.sequence import Sequence
+
+
+class PenaltyTable:
+    """See the module's docstring. At most `max_num_seqs` rows are in use at once."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self._shape = (max_num_seqs, vocab_size)
+        self._device = device
+        self._in_prompt: Tensor | None = None
+        """bool [R, V]"""
+        self._output_counts: Tensor | None = None
+        """int32 [R, V]"""
+        self._row_of: dict[str, int] = {}
+        self._free = list(range(max_num_seqs - 1, -1, -1))
+
+    def rows(self, sequences: list[Sequence]) -> Tensor:
+        """Row of each sequence, made on first sight. -> int64 [R]."""
+        return torch.tensor([self._row(sequence) for sequence in sequences], device=self._device)
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """Tokens in prompt or output. rows: [R] -> bool [R, V]."""
+        assert self._in_prompt is not None
+        return self._in_prompt[rows] | (self.output_counts(rows) > 0)
+
+    def output_counts(self, rows: Tensor) -> Tensor:
+        """rows: [R] -> int32 [R, V]."""
+        assert self._output_counts is not None
+        return self._output_counts[rows]
+
+    def count(self, rows: Tensor, token_ids: Tensor) -> None:
+        """Add sampled tokens. rows, token_ids: [R], rows distinct."""
+        assert self._output_counts is not None
+        self._output_counts[rows, token_ids] += 1
+
+    def release(self, request_id: str) -> None:
+        """Give the row of an ended request back, if it had one."""
+        if (row := self._row_of.pop(request_id, None)) is not None:
+            self._free.append(row)
+
+    def _row(self, sequence: Sequence) -> int:
+        if sequence.request_id in self._row_of:
+            return self._row_of[sequence.request_id]
+        if self._in_prompt is None or self._output_counts is None:
+            self._in_prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+            self._output_counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+        row = self._row_of[sequence.request_id] = self._free.pop()
+        prompt = torch.tensor(sequence.request.prompt_token_ids, device=self._device)
+        self._in_prompt[row].fill_(False)[prompt] = True
+        self._output_counts[row].zero_()
+        return row
