@@ -1,1 +1,243 @@
-"""placeholder"""
+"""How the HTTP side talks to an engine: `EngineClient`, and its two real implementations.
+
+    ProcessEngineClient   the engine in a process of its own, over a private pipe: production
+    InlineEngineClient    the same loop in a thread of this process: tests and offline use
+
+`generate` is an async iterator: it submits on the first pull and aborts when it is closed early. Closing it is the
+only way to cancel, whatever the cause (client gone, stop string, timeout, shutdown). This module is torch-free:
+what needs torch is imported by the thread or process that runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import multiprocessing
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Protocol, Self
+
+from engine import channel
+from engine.errors import EngineDeadError, EngineStartError, RequestError
+from engine.messages import (
+    AbortRequest,
+    EngineArgs,
+    EngineFailed,
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    FromEngine,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+)
+
+JOIN_SECONDS = 5.0
+"""How long an engine told to stop may take before it is killed."""
+
+
+class EngineClient(Protocol):
+    """What the server needs of an engine."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts fixed at start."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest snapshot."""
+        ...
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """Run a request. Raises RequestError when it fails in the engine, EngineDeadError when the engine does."""
+        ...
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError unless the engine is serving."""
+        ...
+
+    async def wait_dead(self) -> str:
+        """Return when the engine has failed. -> why."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the engine. Requests in flight end with EngineDeadError."""
+        ...
+
+
+class _QueueClient:
+    """What both implementations share: one queue for each request in flight, all touched on the event loop only."""
+
+    def __init__(self, info: EngineInfo, send: Callable[[ToEngine], None]) -> None:
+        self._info = info
+        self._stats = EngineStats()
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._queues: dict[str, asyncio.Queue[EngineOutput | EngineDeadError]] = {}
+        self._dead: asyncio.Future[str] = self._loop.create_future()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts fixed at start."""
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest snapshot."""
+        return self._stats
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """See EngineClient."""
+        self.check_health()
+        outputs: asyncio.Queue[EngineOutput | EngineDeadError] = asyncio.Queue()
+        self._queues[request.request_id] = outputs
+        self._send(request)
+        finished = False
+        try:
+            while not finished:
+                output = await outputs.get()
+                finished = isinstance(output, EngineDeadError) or output.finish_reason is not None
+                if isinstance(output, EngineDeadError):
+                    raise output
+                if output.finish_reason is FinishReason.ERROR:
+                    raise RequestError(output.error or "the request failed")
+                yield output
+        finally:
+            del self._queues[request.request_id]
+            if not finished and not self._dead.done():
+                self._send(AbortRequest(request.request_id))
+
+    def check_health(self) -> None:
+        """See EngineClient."""
+        if self._dead.done():
+            raise EngineDeadError(self._dead.result())
+
+    async def wait_dead(self) -> str:
+        """See EngineClient."""
+        return await asyncio.shield(self._dead)
+
+    def _receive(self, message: FromEngine) -> None:
+        """On the event loop: hand outputs to whoever waits for them."""
+        if isinstance(message, StepOutputs):
+            self._stats = message.stats
+            for output in message.outputs:
+                if outputs := self._queues.get(output.request_id):
+                    outputs.put_nowait(output)
+        elif isinstance(message, EngineFailed):
+            self._fail(message.reason)
+
+    def _fail(self, reason: str) -> None:
+        """On the event loop: the engine serves no more."""
+        if not self._dead.done():
+            self._dead.set_result(reason)
+            for outputs in self._queues.values():
+                outputs.put_nowait(EngineDeadError(reason))
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        """From a thread: run on the event loop, unless that is already closed."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+class ProcessEngineClient(_QueueClient):
+    """The engine in a child process. Threads do the pipe's blocking reads and writes."""
+
+    def __init__(self, process: SpawnProcess, connection: Connection, info: EngineInfo) -> None:
+        self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        super().__init__(info, self._outbox.put)
+        self.process = process
+        self._connection = connection
+        for target in (self._read, self._write):
+            threading.Thread(target=target, daemon=True, name=f"engine{target.__name__}").start()
+
+    @classmethod
+    async def start(cls, args: EngineArgs) -> Self:
+        """Spawn the process and wait until it is ready. Raises EngineStartError."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_child, args=(args, theirs), name="tympan-engine", daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            first = await asyncio.to_thread(channel.receive, ours)
+        except (EOFError, OSError):
+            process.join(JOIN_SECONDS)
+            raise EngineStartError(
+                f"the engine process ended while starting (exit code {process.exitcode})"
+            ) from None
+        except asyncio.CancelledError:
+            process.kill()
+            raise
+        if isinstance(first, EngineFailed):
+            process.join(JOIN_SECONDS)
+            raise EngineStartError(first.reason)
+        return cls(process, ours, first)
+
+    async def close(self) -> None:
+        """See EngineClient."""
+        self._fail("the server is shutting down")
+        self._outbox.put(Shutdown())
+        self._outbox.put(None)
+        await asyncio.to_thread(self.process.join, JOIN_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            await asyncio.to_thread(self.process.join)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._call(self._receive, channel.receive(self._connection))
+        except (EOFError, OSError):
+            self.process.join(JOIN_SECONDS)
+            self._call(self._fail, f"the engine process ended (exit code {self.process.exitcode})")
+
+    def _write(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                channel.send(self._connection, message)
+        except OSError:
+            return  # the reader reports it
+
+
+class InlineEngineClient(_QueueClient):
+    """The engine in a thread."""
+
+    def __init__(self, inbox: queue.SimpleQueue[ToEngine], info: EngineInfo) -> None:
+        super().__init__(info, inbox.put)
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    async def start(cls, args: EngineArgs) -> Self:
+        """Build the engine in a thread and wait until it is ready. Raises EngineStartError."""
+        core_module, loop_module = importlib.import_module("engine.core"), importlib.import_module("engine.loop")
+        core = await asyncio.to_thread(core_module.EngineCore.build, args)
+        inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        client = cls(inbox, core.info)
+
+        def serve() -> None:
+            try:
+                loop_module.run_loop(core, inbox, lambda message: client._call(client._receive, message))
+            except Exception as error:
+                client._call(client._fail, f"{type(error).__name__}: {error}")
+
+        client._thread = threading.Thread(target=serve, daemon=True, name="engine")
+        client._thread.start()
+        return client
+
+    async def close(self) -> None:
+        """See EngineClient."""
+        self._fail("the engine was closed")
+        self._send(Shutdown())
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
+
+
+def _child(args: EngineArgs, connection: Connection) -> None:
+    """Runs in the new process, where importing torch is right."""
+    importlib.import_module("engine.process").main(args, connection)

@@ -1,4 +1,4 @@
-"""How many KV blocks fit. On CUDA the worst step is run once and what it leaves is taken; on a CPU a budget holds."""
+"""How many KV blocks fit: on CUDA what the worst step leaves when it is run once, on a CPU a fixed budget."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_mode
     num_blocks = min(most, _budget(args, model, block_size) // block_bytes)
     if num_blocks < per_sequence:
         raise EngineStartError(
-            f"the KV cache holds {max(0, num_blocks) * block_size} tokens, fewer than --max-model-len {max_model_len}: "
-            "lower --max-model-len, or give it more by --kv-cache-memory-bytes or --gpu-memory-utilization"
+            f"the KV cache holds {max(0, num_blocks) * block_size} tokens, --max-model-len is {max_model_len}: "
+            "lower that, or give the cache more by --kv-cache-memory-bytes or --gpu-memory-utilization"
         )
     return num_blocks + 1
 

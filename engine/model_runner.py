@@ -83,7 +83,7 @@ class ModelRunner:
         return self.sampler.sample(self.model.compute_logits(hidden), sequences)
 
     def _encode(self, clips: Rows[AudioClip]) -> frozenset[str]:
-        """Fill `_clips`. A clip that breaks the batch is found by encoding one at a time. -> the hashes that failed."""
+        """Fill `_clips`; when a batch breaks, find the culprit by encoding one at a time. -> hashes that failed."""
         if not clips:
             return frozenset()
         try:

@@ -1,0 +1,63 @@
+"""The engine's process: build the core, say that it is ready, serve until told to stop or orphaned.
+
+Started with `spawn` by `ProcessEngineClient`. A reader thread takes messages off the pipe so that the loop never
+waits for one while it has work; when the pipe closes, the parent is gone and the process ends itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+from engine import channel
+from engine.core import EngineCore
+from engine.errors import EngineStartError
+from engine.loop import Inbox, run_loop
+from engine.messages import EngineArgs, EngineFailed, Shutdown
+
+logger = logging.getLogger(__name__)
+
+
+def main(args: EngineArgs, connection: Connection) -> None:
+    """Entry point of the child process."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        core = EngineCore.build(args, progress=_report)
+    except EngineStartError as error:
+        channel.send(connection, EngineFailed(str(error)))
+        sys.exit(1)
+    channel.send(connection, core.info)
+    inbox: Inbox = Inbox()
+    threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="reader").start()
+    try:
+        run_loop(core, inbox, lambda message: channel.send(connection, message))
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)  # the parent is gone
+    except Exception as error:
+        logger.exception("the engine cannot go on")
+        channel.send(connection, EngineFailed(f"{type(error).__name__} in the engine; its log has the details"))
+        sys.exit(1)
+
+
+def _read(connection: Connection, inbox: Inbox) -> None:
+    try:
+        while True:
+            inbox.put(channel.receive(connection))
+    except (EOFError, OSError):
+        inbox.put(Shutdown())
+
+
+def _report(done: int, total: int) -> None:
+    """Progress of loading, on one line of a terminal; a log gets the last only."""
+    if sys.stderr.isatty():
+        print(f"\rloading weights {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)  # noqa: T201
+    elif done == total:
+        logger.info("loaded %d tensors", total)
