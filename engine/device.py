@@ -24,7 +24,7 @@ def resolve_dtype(name: str, stored: str, device: torch.device) -> tuple[torch.d
         return DTYPES[name], "asked for"
     if stored not in DTYPES:
         raise EngineStartError(f"the checkpoint's dtype {stored!r} is unknown; name one with --dtype")
-    if device.type == "cuda":
+    if device.type == "cuda" or stored == "float32":
         return DTYPES[stored], "as stored"
     if stored == "bfloat16" and _cpu_multiplies_bfloat16():
         return torch.bfloat16, "as stored; this CPU multiplies bfloat16 natively"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.input_batch import InputBatch, build_input_batch
@@ -106,5 +108,5 @@ class ModelRunner:
                 raise ValueError(f"{clip.num_tokens} placeholders for {rows.shape[0]} audio tokens")
             self._clips[clip.content_hash] = rows
 
-    def _to_device(self, array: object) -> Tensor:
-        return torch.as_tensor(array).to(self.device, non_blocking=True)
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.tensor(array).to(self.device, non_blocking=True)
