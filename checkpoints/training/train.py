@@ -1,0 +1,198 @@
+"""Train the bundled checkpoint: first the encoder alone on characters (CTC), then both towers on answers.
+
+    python -m checkpoints.training.train --ctc-minutes 8 --minutes 80
+
+The learning rate follows the clock, not a step count, so that a busy machine still ends on a finished
+schedule. Continues from runs/NAME/last.pt when that exists; writes it every --save-every steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from checkpoints.training.batches import Batch, BatchMaker, ClipGroup, ClipStore
+from checkpoints.training.listen import score_quickly
+from checkpoints.training.network import Network, NetworkSizes
+from checkpoints.training.prompts import PromptRenderer
+from checkpoints.training.synthesise import CACHE
+
+Example = Batch | ClipGroup
+RUNS = Path(__file__).parent / "runs"
+
+
+def ctc_loss(network: Network, group: ClipGroup, frames: torch.Tensor) -> torch.Tensor:
+    """The mean CTC loss per character of one group."""
+    log_probs = network.ctc_log_probs(frames)
+    lengths = torch.full((log_probs.shape[1],), log_probs.shape[0])
+    losses = F.ctc_loss(
+        log_probs, group.ctc_targets, lengths, group.ctc_lengths, reduction="none", zero_infinity=True
+    )
+    return (losses / group.ctc_lengths.clamp(min=4)).mean()
+
+
+def joint_losses(network: Network, batch: Batch, drop: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(answer cross entropy, CTC) of one batch."""
+    clips: list[torch.Tensor] = []
+    ctc = torch.zeros(())
+    for group in batch.groups:
+        frames, pooled = network.audio_tower(group.mel, group.num_frames, drop)
+        ctc = ctc + ctc_loss(network, group, frames) / len(batch.groups)
+        clips += network.multi_modal_projector.linear(pooled).unbind(0)
+    states, wanted = [], []
+    for rows in batch.parts:
+        audio = torch.cat([clips[clip] for clip in rows.clips]) if rows.clips else clips[0][:0]  # [N, C]
+        x = network.embed(rows.token_ids, rows.is_audio, audio)
+        states.append(network.language_model.model(x, (rows.answer_rows, rows.answer_columns), drop))
+        wanted.append(rows.answer_ids)
+    return F.cross_entropy(network.logits(torch.cat(states)), torch.cat(wanted)), ctc
+
+
+class Prefetcher:
+    """Makes the next training examples in a thread while a step runs."""
+
+    def __init__(self, make: Callable[[], Example], ahead: int = 3) -> None:
+        self._queue: queue.Queue[Example] = queue.Queue(ahead)
+        self._make = make
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._queue.put(self._make())
+
+    def next(self) -> Example:
+        return self._queue.get()
+
+
+class Trainer:
+    """Network, optimiser and clock of one run; `elapsed` counts over restarts."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.folder = RUNS / args.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.network = Network(NetworkSizes())
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+        )
+        self.step, self.joint_steps, self.elapsed = 0, 0, 0.0
+        if (self.folder / "last.pt").exists():
+            self._load()
+        renderer = PromptRenderer()
+        store = ClipStore(CACHE, args.sets)
+        print(f"{len(store)} clips, {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters", flush=True)
+        self.maker = BatchMaker(store, renderer, seed=1000 + self.step)
+        self.renderer = renderer
+        self.examples = Prefetcher(self._make_example)
+
+    @property
+    def is_joint(self) -> bool:
+        return bool(self.elapsed >= 60 * self.args.ctc_minutes)
+
+    def _make_example(self) -> Example:
+        if self.is_joint:
+            return self.maker.batch(self.args.seconds, easy=max(0.0, 1 - self.joint_steps / 300))
+        return self.maker.group(self.args.seconds, sounds=0.03, easy=max(0.0, 1 - self.step / 600))
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / "last.pt", weights_only=True)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.joint_steps, self.elapsed = state["step"], state["joint_steps"], state["elapsed"]
+
+    def save(self) -> None:
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sizes": asdict(self.network.sizes),
+            "step": self.step,
+            "joint_steps": self.joint_steps,
+            "elapsed": self.elapsed,
+        }
+        torch.save(state, self.folder / "new.pt")
+        (self.folder / "new.pt").replace(self.folder / "last.pt")
+
+    def learning_rate(self, joint: bool) -> float:
+        start = 60 * self.args.ctc_minutes if joint else 0.0
+        progress = min(1.0, max(0.0, self.elapsed - start) / (60 * self.args.minutes - start))
+        warm = min(1.0, ((self.joint_steps if joint else self.step) + 1) / 120)
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)) if joint else 1.0
+        return float(self.args.lr * warm * decay)
+
+    def run(self) -> None:
+        mark, ctc_sum, answer_sum, count = time.monotonic(), 0.0, 0.0, 0
+        while self.elapsed < 60 * self.args.minutes:
+            answer, ctc = self._one_step()
+            ctc_sum, answer_sum, count = ctc_sum + ctc, answer_sum + answer, count + 1
+            now = time.monotonic()
+            self.elapsed, mark = self.elapsed + now - mark, now
+            if self.step % 25 == 0:
+                rate = self.optimizer.param_groups[0]["lr"]
+                print(
+                    f"step {self.step} {self.elapsed / 60:.1f} min  ctc {ctc_sum / count:.3f}"
+                    f"  answer {answer_sum / count:.3f}  lr {rate:.2e}",
+                    flush=True,
+                )
+                ctc_sum, answer_sum, count = 0.0, 0.0, 0
+            if self.step % self.args.save_every == 0:
+                self.save()
+                self._report()
+        self.save()
+        self._report()
+
+    def _one_step(self) -> tuple[float, float]:
+        example = self.examples.next()
+        rate = self.learning_rate(isinstance(example, Batch))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.network.train()
+        if isinstance(example, Batch):
+            answer, ctc = joint_losses(self.network, example, self.args.drop)
+            loss = answer + 0.5 * ctc
+            self.joint_steps += 1
+        else:
+            frames, _ = self.network.audio_tower(example.mel, example.num_frames, self.args.drop)
+            answer, ctc = torch.zeros(()), ctc_loss(self.network, example, frames)
+            loss = ctc
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return answer.item(), ctc.item()
+
+    def _report(self) -> None:
+        self.network.eval()
+        rates = score_quickly(self.network, self.renderer, CACHE, self.is_joint)
+        print("EVAL", "  ".join(f"{name} {rate:.1%}" for name, rate in rates.items()), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="main")
+    parser.add_argument("--sets", nargs="+", default=["train"])
+    parser.add_argument("--minutes", type=float, default=80)
+    parser.add_argument("--ctc-minutes", type=float, default=8)
+    parser.add_argument("--seconds", type=float, default=48, help="of audio in a batch")
+    parser.add_argument("--lr", type=float, default=1.6e-3)
+    parser.add_argument("--drop", type=float, default=0.03)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    Trainer(args).run()
+
+
+if __name__ == "__main__":
+    main()
