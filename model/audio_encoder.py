@@ -31,8 +31,8 @@ class PackedClips:
 
     mel: Tensor
     """float32 [num_mel_bins, S]: the slots."""
-    is_audio: Tensor
-    """float32 [S]: 0 at the head of each slot, 1 elsewhere."""
+    is_slot_head: Tensor
+    """bool [S]: the frame of zeros that each slot begins with."""
     frame_index: Tensor
     """int64 [E]: which outputs of conv2 are real."""
     positions: Tensor
@@ -49,18 +49,18 @@ def pack_clips(clips: Sequence[Tensor], num_mel_bins: int) -> PackedClips:
     device = clips[0].device
     lens = [num_conv_frames(num_mel_frames(clip.shape[0])) for clip in clips]
     mel = torch.zeros(num_mel_bins, sum(2 * c + 2 for c in lens), device=device)
-    is_audio = torch.ones(mel.shape[1])
+    is_slot_head = torch.zeros(mel.shape[1], dtype=torch.bool)
     frame_index, pool_index, slot, frame = [], [], 0, 0
     for clip, c in zip(clips, lens, strict=True):
         features = log_mel(clip, num_mel_bins)
         mel[:, slot + 1 : slot + 1 + features.shape[1]] = features
-        is_audio[slot] = 0.0
+        is_slot_head[slot] = True
         frame_index.append(torch.arange(slot // 2, slot // 2 + c))
         pool_index.append(torch.arange(frame, frame + c - 1, 2))
         slot, frame = slot + 2 * c + 2, frame + c
     return PackedClips(
         mel=mel,
-        is_audio=is_audio.to(device),
+        is_slot_head=is_slot_head.to(device),
         frame_index=torch.cat(frame_index).to(device),
         positions=torch.cat([torch.arange(c) for c in lens]).to(device),
         pool_index=torch.cat(pool_index).to(device),
@@ -92,7 +92,8 @@ class AudioEncoder(nn.Module):
     def frames(self, pack: PackedClips) -> Tensor:
         """Hidden states before pooling, 50 a second. -> [E, C]."""
         dtype = self.conv1.weight.dtype
-        x = F.gelu(self.conv1(pack.mel.to(dtype)[None])) * pack.is_audio.to(dtype)
+        x = F.gelu(self.conv1(pack.mel.to(dtype)[None]))
+        x = x.masked_fill(pack.is_slot_head, 0.0)  # not a product: a broken clip's NaN would survive it
         x = F.gelu(self.conv2(x))[0].T  # [S/2, C]: conv2 has no padding of its own, the slots bring it
         hidden = x[pack.frame_index] + self.embed_positions.weight[pack.positions]
         for layer in self.layers:
