@@ -1,0 +1,36 @@
+"""Shared fixtures: two tiny random checkpoints made by transformers, and transformers itself on each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.reference import Reference, build
+
+torch.set_num_threads(1)  # the models are tiny, and the machine is shared
+
+
+@pytest.fixture(scope="session")
+def gqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with 4 heads over 2 key-value heads."""
+    return build(tmp_path_factory.mktemp("gqa"), kv_heads=2)
+
+
+@pytest.fixture(scope="session")
+def mha_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with as many key-value heads as heads, like the published ones."""
+    return build(tmp_path_factory.mktemp("mha"), kv_heads=4, seed=1)
+
+
+@pytest.fixture(scope="session")
+def gqa_reference(gqa_folder: Path) -> Reference:
+    """transformers on `gqa_folder`."""
+    return Reference.load(gqa_folder)
+
+
+@pytest.fixture(scope="session")
+def mha_reference(mha_folder: Path) -> Reference:
+    """transformers on `mha_folder`."""
+    return Reference.load(mha_folder)
