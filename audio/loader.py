@@ -1,0 +1,57 @@
+"""From any source to `Pcm` without ever holding up the event loop.
+
+Fetching runs on the loop; base64, decoding and resampling run in a small pool of threads, whose
+libraries release the GIL. A semaphore as wide as the pool keeps waiting clips out of its queue, so one
+that is cancelled while waiting costs nothing. How long a clip may be for the model is not known here.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from audio.decode import decode
+from audio.errors import AudioFetchError
+from audio.fetch import MediaFetcher
+from audio.limits import AudioLimits
+from audio.pcm import Pcm
+from audio.source import AudioBytes, AudioSource, InlineAudio, decode_data_url, decode_inline, is_data_url
+
+
+class AudioLoader:
+    """Loads clips, at most `num_workers` being decoded at once. Owns `fetcher`; None refuses links.
+
+    Use from one event loop; close with `aclose`.
+    """
+
+    def __init__(self, limits: AudioLimits, fetcher: MediaFetcher | None = None, num_workers: int = 2) -> None:
+        self._limits = limits
+        self._fetcher = fetcher
+        self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="audio-decode")
+        self._slots = asyncio.Semaphore(num_workers)
+
+    async def load(self, source: AudioSource) -> Pcm:
+        """The clip at `source`. Raises AudioError, whose subclass and code say what is wrong."""
+        read = await self._reader(source)
+        async with self._slots:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._executor, lambda: decode(read(), self._limits))
+
+    async def aclose(self) -> None:
+        """Drop what waits, let running decodes end, close the connections."""
+        if self._fetcher is not None:
+            await self._fetcher.aclose()
+        await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
+
+    async def _reader(self, source: AudioSource) -> Callable[[], bytes]:
+        """What gives the file's bytes when called in a worker: even base64 is too slow for the loop."""
+        limits = self._limits
+        if isinstance(source, AudioBytes):
+            return lambda: source.data
+        if isinstance(source, InlineAudio):
+            return lambda: decode_inline(source.data, limits)
+        if is_data_url(source.url):
+            return lambda: decode_data_url(source.url, limits)
+        if self._fetcher is None:
+            raise AudioFetchError("media_url_refused", "This server does not fetch audio from URLs.")
+        data = await self._fetcher.fetch(source.url)
+        return lambda: data
