@@ -1,0 +1,144 @@
+"""Every setting of the server: its name, default, range and meaning. One frozen tree, checked at start-up.
+
+A field `max_model_len` is the flag --max-model-len, the variable TYMPAN_MAX_MODEL_LEN and the YAML key
+max-model-len (or max_model_len). A field's description is its help text; its group is its heading there.
+Where values come from is configs/command_line.py's business.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
+
+ENV_PREFIX = "TYMPAN_"
+
+
+def _split(value: object) -> object:
+    """Environment variables hold lists as a,b."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def _parse_limits(value: object) -> object:
+    """`audio=4`, or JSON, or a mapping as YAML has it."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return json.loads(value)
+    return dict(pair.strip().split("=", 1) for pair in value.split(",") if "=" in pair) or value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+def _setting(group: str, default: Any, help_text: str, *, metavar: str | None = None, **limits: Any) -> Any:
+    extra: JsonDict = {"group": group, "metavar": metavar} if metavar else {"group": group}
+    return Field(default, description=help_text, json_schema_extra=extra, **limits)
+
+
+class Settings(BaseModel):
+    """The settings tree, flat: the groups are only headings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), hide_input_in_errors=True)
+
+    model: str | None = _setting(
+        "model",
+        None,
+        "folder of a Qwen2-Audio checkpoint, or its id on the Hugging Face hub; "
+        "default: the small checkpoint that comes with Tympan",
+        metavar="PATH_OR_ID",
+    )
+    served_model_name: Names = _setting(
+        "model",
+        (),
+        "names that requests may give as `model`, the first one is shown in answers to requests that give none; "
+        "default: the value of --model",
+        metavar="NAME",
+    )
+    revision: str | None = _setting("model", None, "branch, tag or commit on the hub")
+    download_dir: str | None = _setting("model", None, "where downloads are kept; default: the hub's own cache")
+    generation_config: Literal["auto", "none"] = _setting(
+        "model",
+        "auto",
+        "sampling defaults of requests: auto takes the checkpoint's generation_config.json, "
+        "none OpenAI's (temperature 1, top_p 1)",
+    )
+
+    device: Literal["auto", "cuda", "cpu"] = _setting("engine", "auto", "where to compute")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _setting(
+        "engine", "auto", "precision of weights and activations"
+    )
+    attention_backend: Literal["auto", "triton", "flash_attn", "torch_varlen", "reference"] = _setting(
+        "engine", "auto", "attention kernels"
+    )
+    seed: int | None = _setting(
+        "engine", None, "base of the seeds of requests that bring none; default: from the system", ge=0, lt=2**63
+    )
+    max_model_len: int | None = _setting(
+        "engine", None, "longest prompt and answer together, in tokens; default: what the checkpoint allows", ge=16
+    )
+    max_num_seqs: int = _setting("engine", 64, "most requests that run at once; more wait", ge=1)
+    max_num_batched_tokens: int = _setting("engine", 2048, "most tokens that one step computes", ge=16)
+    gpu_memory_utilization: float = _setting(
+        "engine", 0.92, "share of the GPU's memory that weights and KV cache may take", gt=0, le=1
+    )
+    kv_cache_memory_bytes: int | None = _setting(
+        "engine", None, "size of the KV cache, instead of what --gpu-memory-utilization gives", ge=1
+    )
+
+    host: str = _setting(
+        "server", "127.0.0.1", "address to listen on: this machine only unless set; 0.0.0.0 opens it to the network"
+    )
+    port: int = _setting("server", 8000, "port to listen on; 0 takes a free one", ge=0, le=65535)
+    api_key: Names = _setting(
+        "server",
+        (),
+        "key that requests under /v1 must send as a bearer token (repeatable); default: open to all",
+        metavar="KEY",
+    )
+    max_body_mb: float = _setting("server", 64, "largest request body, in MiB", gt=0)
+    sse_keep_alive_interval: float = _setting(
+        "server", 15, "seconds of silence after which a stream gets a keep-alive comment; 0: never", ge=0
+    )
+    shutdown_timeout: float = _setting(
+        "server", 120, "seconds that running requests may take to finish on SIGTERM", ge=0
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("server", "info", "least severe log lines")
+
+    max_audio_clip_mb: float = _setting("audio", 25, "largest encoded clip, in MiB", gt=0)
+    max_audio_seconds: float = _setting("audio", 600, "longest clip that is decoded, in seconds", gt=0)
+    limit_mm_per_prompt: Annotated[dict[Literal["audio"], int], BeforeValidator(_parse_limits)] = _setting(
+        "audio", {"audio": 16}, "most clips in one request, as audio=N", metavar="audio=N"
+    )
+    allowed_media_domains: Names = _setting(
+        "audio",
+        (),
+        "the only domains that audio is fetched from; a leading dot includes subdomains; default: any public one",
+        metavar="DOMAIN",
+    )
+    allowed_private_media_hosts: Names = _setting(
+        "audio",
+        (),
+        "hosts that audio may be fetched from though their addresses are private or loopback",
+        metavar="HOST[:PORT]",
+    )
+
+    @property
+    def max_audio_clips(self) -> int:
+        """Clips that one request may have."""
+        return self.limit_mm_per_prompt.get("audio", 16)
+
+
+def group_of(field: FieldInfo) -> str:
+    """The heading under which a setting is listed."""
+    extra = field.json_schema_extra
+    return str(extra["group"]) if isinstance(extra, dict) else ""
+
+
+def metavar_of(field: FieldInfo) -> str | None:
+    """What stands for a setting's value in the help text, if the field says so."""
+    extra = field.json_schema_extra
+    return str(extra["metavar"]) if isinstance(extra, dict) and "metavar" in extra else None

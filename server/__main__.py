@@ -1,0 +1,105 @@
+"""`python -m server`: settings in, a serving process out. The composition root.
+
+Exit status: 0 after a drained shutdown, 1 when the engine cannot start or dies, 2 for wrong settings. Failures
+that the operator can mend are one sentence, not a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from configs.command_line import SettingsError, load_settings
+from configs.settings import Settings
+from engine.client import EngineClient, ProcessEngineClient
+from engine.errors import EngineStartError
+from engine.messages import EngineArgs
+from model.checkpoint import resolve_checkpoint
+from model.errors import ModelError
+from server.app import create_app
+from server.lifecycle import LAST_WORDS_SECONDS, serve_until_end
+from server.logs import configure_logging
+from server.summary import startup_summary
+
+BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main() -> int:
+    """Run the server. -> exit status."""
+    try:
+        settings = load_settings(sys.argv[1:])
+    except SettingsError as error:
+        return _fail(str(error), EXIT_USAGE)
+    configure_logging(settings.log_level)
+    try:
+        return asyncio.run(_run(settings))
+    except (EngineStartError, ModelError) as error:
+        return _fail(f"the server cannot start: {error}", EXIT_FAILED)
+    except OSError as error:
+        return _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", EXIT_FAILED)
+    except KeyboardInterrupt:  # before the server has its own handlers
+        return EXIT_FAILED
+
+
+async def _run(settings: Settings) -> int:
+    listener = _listen(settings.host, settings.port)  # before minutes go into loading
+    checkpoint = resolve_checkpoint(
+        settings.model or str(BUNDLED_CHECKPOINT), settings.revision, settings.download_dir
+    )
+    engine = await ProcessEngineClient.start(_engine_args(settings, checkpoint))
+    try:
+        return await _serve(settings, engine, checkpoint, listener)
+    finally:
+        await engine.close()
+
+
+async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, listener: socket.socket) -> int:
+    app = create_app(settings, engine, checkpoint)
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LAST_WORDS_SECONDS
+    )
+    cause = await serve_until_end(app, engine, config, listener, settings.shutdown_timeout)
+    return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
+
+
+def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
+    return EngineArgs(
+        model_folder=str(checkpoint),
+        device=settings.device,
+        dtype=settings.dtype,
+        attention_backend=settings.attention_backend,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        seed=settings.seed,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.set_inheritable(True)
+    return listener
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"tympan: {message}", file=sys.stderr)  # noqa: T201
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

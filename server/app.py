@@ -1,0 +1,110 @@
+"""The application put together: settings and an engine in, an ASGI application out.
+
+The one place, with server/__main__.py, that reads the settings; what the other modules need is handed to them.
+Starts and stops nothing but the audio loader.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from audio import AudioLimits, AudioLoader, FetchPolicy, MediaFetcher
+from configs.settings import Settings
+from engine.client import EngineClient
+from model.config import GenerationConfig, Qwen2AudioConfig
+from model.errors import ConfigError
+from server.auth import ApiKeys
+from server.chat_template import ChatTemplate
+from server.errors import to_api_error
+from server.media import MediaLoader
+from server.middleware import RequestScope, Traffic
+from server.prompt import PromptBuilder
+from server.routes import router
+from server.serving import Serving
+from server.tokenizer import Tokenizer
+
+MIB = 1 << 20
+
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+"""What ends an answer when generation_config.json does not say."""
+
+
+def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> FastAPI:
+    """An application that answers with `engine`, which runs `checkpoint`.
+
+    Raises ConfigError when the checkpoint's tokenizer, template or configuration cannot be used.
+    """
+    loader = _audio_loader(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await loader.aclose()
+
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    app.state.serving = _serving(settings, engine, checkpoint, loader)
+    app.state.traffic = Traffic()
+    app.state.started = int(time.time())
+    app.state.max_body_bytes = int(settings.max_body_mb * MIB)
+    app.include_router(router)
+    app.add_exception_handler(HTTPException, _refuse)
+    app.add_middleware(RequestScope, keys=ApiKeys(settings.api_key), traffic=app.state.traffic)
+    return app
+
+
+def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader: AudioLoader) -> Serving:
+    tokenizer = Tokenizer.from_folder(checkpoint)
+    audio_token_id = Qwen2AudioConfig.from_folder(checkpoint).audio_token_id
+    if audio_token_id not in tokenizer.special.values():
+        raise ConfigError(f"config.json: audio_token_index {audio_token_id} is no special token of tokenizer.json")
+    return Serving(
+        model_names=settings.served_model_name or (settings.model or checkpoint.name,),
+        engine=engine,
+        prompts=PromptBuilder(
+            tokenizer=tokenizer,
+            template=ChatTemplate.from_folder(checkpoint),
+            audio_token_id=audio_token_id,
+            max_model_len=engine.info.max_model_len,
+        ),
+        media=MediaLoader(loader, max_clips=settings.max_audio_clips),
+        defaults=_generation_defaults(settings, checkpoint, tokenizer),
+        keep_alive_s=settings.sse_keep_alive_interval or None,
+    )
+
+
+def _generation_defaults(settings: Settings, checkpoint: Path, tokenizer: Tokenizer) -> GenerationConfig:
+    """The checkpoint's sampling defaults, or neutral ones; the ends of an answer in any case."""
+    own = GenerationConfig.from_folder(checkpoint)
+    ends = own.eos_token_ids or tuple(tokenizer.special[end] for end in _END_TOKENS if end in tokenizer.special)
+    chosen = own if settings.generation_config == "auto" else GenerationConfig()
+    return GenerationConfig(
+        eos_token_ids=ends,
+        temperature=chosen.temperature,
+        top_k=chosen.top_k,
+        top_p=chosen.top_p,
+        repetition_penalty=chosen.repetition_penalty,
+    )
+
+
+def _audio_loader(settings: Settings) -> AudioLoader:
+    limits = AudioLimits(
+        max_clip_bytes=int(settings.max_audio_clip_mb * MIB),
+        max_clip_seconds=settings.max_audio_seconds,
+    )
+    policy = FetchPolicy(
+        allowed_domains=frozenset(settings.allowed_media_domains),
+        allowed_private_hosts=frozenset(settings.allowed_private_media_hosts),
+    )
+    return AudioLoader(limits, MediaFetcher(policy, limits))
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    return to_api_error(error).response()

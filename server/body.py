@@ -1,0 +1,124 @@
+"""From the bytes of a request to a validated model, in bounded memory.
+
+The body is counted while it is read, so that an endless upload is refused at the cap. Parsing runs in a worker
+thread: a body may hold tens of megabytes of base64. What pydantic finds becomes OpenAI's error; the offending
+input is never repeated, but for a number that is out of range.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from starlette.requests import Request
+
+from server.errors import ApiError, bad_request
+from server.parameters import REFUSED
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+MAX_SHOWN_CHARS = 100
+"""Of a parameter's path or a number in a message."""
+
+_TYPE_NAMES = {
+    "bool": "a boolean",
+    "dict": "an object",
+    "float": "a number",
+    "int": "an integer",
+    "list": "an array",
+    "model": "an object",
+    "string": "a string",
+}
+_BOUNDS = {
+    "greater_than": ("below_min_value", "below minimum", ">", "gt"),
+    "greater_than_equal": ("below_min_value", "below minimum", ">=", "ge"),
+    "less_than": ("above_max_value", "above maximum", "<", "lt"),
+    "less_than_equal": ("above_max_value", "above maximum", "<=", "le"),
+}
+
+
+async def parse_body(request: Request, model: type[ModelT], max_bytes: int) -> ModelT:
+    """Read and validate a JSON body.
+
+    Raises ApiError: 413 above `max_bytes`, 415 for another content type, 400 for what is not valid.
+    """
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError(415, "The Content-Type header must be application/json.")
+    body = await _read(request, max_bytes)
+    try:
+        return await asyncio.to_thread(model.model_validate_json, body)
+    except ValidationError as error:
+        raise _to_api_error(error) from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(body)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    message = f"The request body is too large: at most {max_bytes} bytes are accepted."
+    return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
+
+
+def _to_api_error(error: ValidationError) -> ApiError:
+    """The first problem found, as OpenAI words it."""
+    details = error.errors(include_url=False)[0]
+    kind, ctx = details["type"], details.get("ctx", {})
+    param = _path(details["loc"])
+    if kind == REFUSED:
+        return bad_request(ctx["message"], ".".join(filter(None, (param, ctx["param"]))), ctx["code"])
+    if kind == "json_invalid" or not param:
+        hint = "the body must be one JSON object in UTF-8"
+        return bad_request(f"We could not parse the JSON body of your request. (HINT: {hint}.)")
+    if kind == "missing":
+        return bad_request(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+    if kind in _BOUNDS:
+        return _out_of_range(param, details)
+    if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
+        return _wrong_length(param, kind, ctx)
+    if kind in ("literal_error", "enum"):
+        return bad_request(f"Invalid value for '{param}': expected {ctx['expected']}.", param, "invalid_value")
+    if kind == "finite_number":
+        return bad_request(f"Invalid '{param}': expected a finite number.", param, "invalid_value")
+    if (name := _TYPE_NAMES.get(kind.split("_")[0])) and (kind.endswith("_type") or kind == "int_from_float"):
+        return bad_request(f"Invalid type for '{param}': expected {name}.", param, "invalid_type")
+    return bad_request(f"Invalid value for '{param}'.", param, "invalid_value")
+
+
+def _path(loc: Sequence[int | str]) -> str:
+    """`messages[0].content[1].text`. Tags of unions are written `<so>` in the schema and left out here."""
+    path = ""
+    for step in loc:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not step.startswith("<"):
+            path += f".{step}" if path else step
+    return path[:MAX_SHOWN_CHARS]
+
+
+def _out_of_range(param: str, details: ErrorDetails) -> ApiError:
+    value = details["input"]
+    number = "integer" if isinstance(value, int) else "decimal"
+    code, words, sign, key = _BOUNDS[details["type"]]
+    bound = f"Expected a value {sign} {details['ctx'][key]:g}, but got {str(value)[:MAX_SHOWN_CHARS]} instead."
+    return bad_request(f"Invalid '{param}': {number} {words} value. {bound}", param, f"{number}_{code}")
+
+
+def _wrong_length(param: str, kind: str, ctx: Mapping[str, Any]) -> ApiError:
+    thing, unit = ("string", "characters") if kind.startswith("string") else ("array", "items")
+    if kind.endswith("short"):
+        return bad_request(f"Invalid '{param}': empty {thing}.", param, f"empty_{thing}")
+    message = f"Invalid '{param}': {thing} too long. At most {ctx['max_length']} {unit} are accepted."
+    return bad_request(message, param, f"{thing}_above_max_length")

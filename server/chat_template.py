@@ -1,0 +1,149 @@
+"""The checkpoint's own chat template: messages to the text that the model was trained on.
+
+Rendered as transformers does it (sandboxed jinja, trimmed blocks). A checkpoint without a template gets the one
+that transformers' processor has for Qwen2-Audio. What callers wrote is wrapped in marks before rendering and
+cut out at them afterwards, so that the result still knows which of its text is whose.
+
+Marks are noncharacters around a nonce of this one rendering: no caller can write them. White space at the ends
+of a text stays outside, so that templates that trim find it.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.config import read_json
+from model.errors import ConfigError
+
+DEFAULT_TEMPLATE = """\
+{% set audio_count = namespace(value=0) %}{% for message in messages %}\
+{% if loop.first and message['role'] != 'system' %}\
+<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}\
+<|im_start|>{{ message['role'] }}\n\
+{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n\
+{% else %}{% for content in message['content'] %}\
+{% if 'audio' in content or 'audio_url' in content or message['type'] == 'audio' or content['type'] == 'audio' %}\
+{% set audio_count.value = audio_count.value + 1 %}\
+Audio {{ audio_count.value }}: <|audio_bos|><|AUDIO|><|audio_eos|>\n\
+{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}\
+{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
+
+AUDIO = None
+"""Stands for a clip among a turn's texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message: a role of ours, and what the caller put in it, in order."""
+
+    role: str
+    content: str | tuple[str | None, ...]
+    """A text, or texts and AUDIO marks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of the rendered text, and whether it is the template's own."""
+
+    text: str
+    trusted: bool
+
+
+class ChatTemplate:
+    """A compiled chat template."""
+
+    def __init__(self, source: str, constants: dict[str, str] | None = None) -> None:
+        """Compile `source`; it sees `constants` beside the messages. Raises ConfigError."""
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        try:
+            self._template: Template = environment.from_string(source)
+        except TemplateError as error:
+            raise ConfigError(f"the chat template cannot be compiled: {error}") from None
+        self._constants = constants or {}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ChatTemplate:
+        """Find the template where checkpoints keep it, or use the default. Raises ConfigError."""
+        config = _read_if_there(folder / "tokenizer_config.json")
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        constants = {name: text for name in names if (text := _token_text(config.get(name)))}
+        if (jinja := folder / "chat_template.jinja").exists():
+            return cls(jinja.read_text(encoding="utf-8"), constants)
+        for holder in (_read_if_there(folder / "chat_template.json"), config):
+            if isinstance(source := holder.get("chat_template"), str):
+                return cls(source, constants)
+        return cls(DEFAULT_TEMPLATE, constants)
+
+    def render(self, turns: Sequence[Turn]) -> list[Span]:
+        """The prompt's text up to where the answer begins. Raises TemplateError when the template refuses."""
+        marks = _Marks()
+        messages = [{"role": turn.role, "content": _content(turn.content, marks)} for turn in turns]
+        text = self._template.render(messages=messages, add_generation_prompt=True, **self._constants)
+        return marks.split(text)
+
+
+class _Marks:
+    """The marks of one rendering."""
+
+    def __init__(self) -> None:
+        nonce = secrets.token_hex(8)
+        self._open, self._close = f"\ufdd0{nonce}\ufdd1", f"\ufdd2{nonce}\ufdd3"
+
+    def wrap(self, text: str) -> str:
+        core = text.strip()
+        if not core:
+            return text
+        start = text.index(core)
+        return f"{text[:start]}{self._open}{core}{self._close}{text[start + len(core) :]}"
+
+    def split(self, text: str) -> list[Span]:
+        """Cut at the marks. What a template did to unbalance them makes less trusted, never more."""
+        first, *others = text.split(self._open)
+        spans = [Span(first.replace(self._close, ""), trusted=self._close not in first)]
+        for other in others:
+            untrusted, closed, trusted = other.partition(self._close)
+            spans.append(Span(untrusted, trusted=False))
+            spans.append(Span(trusted.replace(self._close, ""), trusted=bool(closed) and self._close not in trusted))
+        return [span for span in spans if span.text]
+
+
+def _content(content: str | tuple[str | None, ...], marks: _Marks) -> str | list[dict[str, str]]:
+    if isinstance(content, str):
+        return marks.wrap(content)
+    return [
+        {"type": "audio", "audio_url": "audio"} if part is AUDIO else {"type": "text", "text": marks.wrap(part)}
+        for part in content
+    ]
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _token_text(token: object) -> str:
+    """tokenizer_config.json writes a token as its text, or as an object that holds it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)  # jinja's own filter escapes HTML
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

@@ -1,0 +1,26 @@
+"""Log lines: one format for the server's and uvicorn's own, to standard error.
+
+What people say and write never goes into them.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+
+
+def configure_logging(level: str) -> None:
+    """Set up logging for the whole process."""
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+            "root": {"level": level.upper(), "handlers": ["stderr"]},
+            "loggers": {
+                "httpx": {"level": "WARNING"},  # it logs URLs, and those may hold secrets
+                "uvicorn": {"level": "WARNING" if level != "debug" else "DEBUG"},
+            },
+        }
+    )

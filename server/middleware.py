@@ -1,0 +1,101 @@
+"""Round every request: its id, its API key, its place among those in flight, its log line, and the last resort.
+
+Pure ASGI: a wrapper that buffers responses, or hides disconnects, would break streaming. Every answer carries
+x-request-id, errors included. The log line holds no text, no audio and no query string.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.auth import ApiKeys
+from server.errors import UNAVAILABLE, ApiError, to_api_error
+
+GUARDED_PREFIX = "/v1/"
+CLIENT_GONE = 499
+"""nginx's status for a client that left; only ever logged."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("server.access")
+
+
+class Traffic:
+    """What is in flight, and whether more is welcome. Touched on the event loop only."""
+
+    def __init__(self) -> None:
+        self.num_in_flight = 0
+        self.is_draining = False
+
+    def check_welcome(self) -> None:
+        """Raise ApiError (503) while the server is shutting down."""
+        if self.is_draining:
+            headers = {"Retry-After": "1", "Connection": "close"}
+            raise ApiError(503, "The server is shutting down.", UNAVAILABLE, code="shutting_down", headers=headers)
+
+
+class RequestScope:
+    """The outermost layer of the application."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, traffic: Traffic) -> None:
+        self._app = app
+        self._keys = keys
+        self._traffic = traffic
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = Headers(scope=scope)
+        exchange = _Exchange(send, headers.get("x-request-id", ""))
+        self._traffic.num_in_flight += 1
+        try:
+            if scope["path"].startswith(GUARDED_PREFIX):
+                self._keys.check(headers.get("authorization"))
+                self._traffic.check_welcome()
+            await self._app(scope, receive, exchange.send)
+        except ClientDisconnect:
+            exchange.status = CLIENT_GONE
+        except Exception as error:
+            await exchange.fail(error, scope, receive)
+        finally:
+            self._traffic.num_in_flight -= 1
+            duration_ms = 1000 * (time.perf_counter() - started)
+            method, path = scope["method"], scope["path"][:200]
+            access_logger.info("%s %r %d %.0fms %s", method, path, exchange.status, duration_ms, exchange.request_id)
+
+
+class _Exchange:
+    """One request's answer on its way out."""
+
+    def __init__(self, send: Send, asked_id: str) -> None:
+        self._send = send
+        self.request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex
+        self.status = CLIENT_GONE
+        """Until an answer begins."""
+        self._has_begun = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._has_begun = True
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+        await self._send(message)
+
+    async def fail(self, error: Exception, scope: Scope, receive: Receive) -> None:
+        """Answer with the error, unless an answer has begun: then only the connection can tell."""
+        told = to_api_error(error)
+        if told.status >= 500:
+            logger.error("request %s failed", self.request_id, exc_info=error)
+        if self._has_begun:
+            raise error
+        await told.response()(scope, receive, self.send)

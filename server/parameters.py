@@ -1,0 +1,127 @@
+"""The decision on every request field that is not honoured: refused by name, or accepted and without effect.
+
+A field is refused when ignoring it would change the meaning of the answer. Its harmless values (what leaves
+the answer as it is) pass. Everything else that clients send is listed as ignored, or unknown and ignored as
+well: SDKs and routers add fields of their own. Honoured fields are those of the models in server/schema.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import JsonValue
+from pydantic_core import PydanticCustomError
+
+REFUSED: Final = "refused"
+"""The type of our own validation errors. Their context holds param, message and code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A field that only passes with a value that has no effect. `null` always passes."""
+
+    why: str
+    harmless: tuple[JsonValue, ...] = ()
+
+
+_NO_TOOLS = "tools are not supported"
+_NO_CONSTRAINT = "constrained output is not supported"
+_NO_OVERRIDE = "requests cannot override how the server renders prompts or reads media"
+_NOT_HERE = "it is not supported by this server"
+
+_REFUSED_EVERYWHERE: Mapping[str, Refusal] = {
+    "add_special_tokens": Refusal(_NO_OVERRIDE, (False,)),
+    "allowed_token_ids": Refusal(_NOT_HERE, ([],)),
+    "bad_words": Refusal(_NOT_HERE, ([],)),
+    "best_of": Refusal(_NOT_HERE, (1,)),
+    "cache_salt": Refusal("there is no prefix cache to salt"),
+    "continue_final_message": Refusal(_NOT_HERE, (False,)),
+    "echo": Refusal(_NOT_HERE, (False,)),
+    "guided_choice": Refusal(_NO_CONSTRAINT),
+    "guided_grammar": Refusal(_NO_CONSTRAINT),
+    "guided_json": Refusal(_NO_CONSTRAINT),
+    "guided_regex": Refusal(_NO_CONSTRAINT),
+    "length_penalty": Refusal("beam search is not supported", (1,)),
+    "logits_processors": Refusal(_NOT_HERE, ([],)),
+    "media_io_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "mm_processor_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "priority": Refusal("requests are served first come, first served", (0,)),
+    "prompt_logprobs": Refusal(_NOT_HERE),
+    "response_format": Refusal(_NO_CONSTRAINT, ({"type": "text"},)),
+    "return_token_ids": Refusal(_NOT_HERE, (False,)),
+    "return_tokens_as_token_ids": Refusal(_NOT_HERE, (False,)),
+    "spaces_between_special_tokens": Refusal(_NOT_HERE, (True,)),
+    "structured_outputs": Refusal(_NO_CONSTRAINT),
+    "truncate_prompt_tokens": Refusal("nothing is ever truncated"),
+    "use_beam_search": Refusal("beam search is not supported", (False,)),
+}
+
+REFUSED_IN_CHAT: Mapping[str, Refusal] = {
+    **_REFUSED_EVERYWHERE,
+    "add_generation_prompt": Refusal(_NOT_HERE, (True,)),
+    "audio": Refusal("the model writes text only"),
+    "chat_template": Refusal(_NO_OVERRIDE),
+    "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "documents": Refusal(_NOT_HERE, ([],)),
+    "function_call": Refusal(_NO_TOOLS, ("none", "auto")),
+    "functions": Refusal(_NO_TOOLS, ([],)),
+    "modalities": Refusal("the model writes text only", (["text"],)),
+    "moderation": Refusal(_NOT_HERE),
+    "prediction": Refusal(_NOT_HERE),
+    "tool_choice": Refusal(_NO_TOOLS, ("none", "auto")),
+    "tools": Refusal(_NO_TOOLS, ([],)),
+    "web_search_options": Refusal("the server reaches no web search"),
+}
+
+REFUSED_IN_COMPLETIONS: Mapping[str, Refusal] = {
+    **_REFUSED_EVERYWHERE,
+    "prompt_embeds": Refusal(_NOT_HERE),
+    "suffix": Refusal("the model does not fill in the middle", ("",)),
+}
+
+REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {
+    "audio": Refusal("earlier answers have no audio here"),
+    "function_call": Refusal(_NO_TOOLS),
+    "tool_calls": Refusal(_NO_TOOLS, ([],)),
+}
+
+IGNORED: frozenset[str] = frozenset(
+    {
+        "include_reasoning",
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "store",
+        "stream_interval",
+        "user",
+        "verbosity",
+    }
+)
+"""Known, and without effect on the answer's text. For the documentation: code need not look at them."""
+
+
+def check_refused(given: Mapping[str, JsonValue] | None, table: Mapping[str, Refusal]) -> None:
+    """Raise PydanticCustomError that names the first field of `given` that the table refuses."""
+    for name, value in (given or {}).items():
+        refusal = table.get(name)
+        if refusal and value is not None and not any(_same(value, harmless) for harmless in refusal.harmless):
+            raise refused(name, f"Unsupported parameter: '{name}' ({refusal.why}).")
+
+
+def refused(param: str, message: str, code: str = "unsupported_parameter") -> PydanticCustomError:
+    """An error for validators of whole models, where pydantic does not know which field is meant."""
+    return PydanticCustomError(REFUSED, "{message}", {"param": param, "message": message, "code": code})
+
+
+def _same(value: JsonValue, harmless: JsonValue) -> bool:
+    """Equal as JSON: Python finds 1 == True and 0 == False, JSON does not."""
+    return value == harmless and isinstance(value, bool) == isinstance(harmless, bool)

@@ -1,0 +1,110 @@
+"""From messages, or a raw prompt, to token ids in which every clip has its place.
+
+Nobody can write control tokens into a chat: special tokens are only looked for inside text of the template's
+own, and everything between two of them, whoever wrote it, is encoded together by a tokenizer that has none. So
+"<|AUD" in one part and "IO|>" in the next stay text, and an honest prompt gives exactly the ids that the
+checkpoint's tokenizer gives for the whole string. In raw prompts (POST /v1/completions) all text is trusted.
+
+Each audio placeholder becomes as many ids as the encoder will give embeddings. Knows token counts of clips,
+not the clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+
+from server.chat_template import AUDIO, ChatTemplate, Span, Turn
+from server.errors import ApiError, bad_request
+from server.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads."""
+
+    token_ids: tuple[int, ...]
+    clip_offsets: tuple[int, ...]
+    """Where each clip's first placeholder stands."""
+    num_audio_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBuilder:
+    """Builds prompts for one checkpoint. Safe to call from several threads; long texts take a while."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    audio_token_id: int
+    max_model_len: int
+
+    def chat(self, turns: Sequence[Turn], clip_tokens: Sequence[int]) -> Prompt:
+        """Render a conversation whose AUDIO parts are clips of so many tokens each, in order.
+
+        Raises ApiError: too long, or the template refuses the conversation.
+        """
+        texts = (
+            text for turn in turns for text in ([turn.content] if isinstance(turn.content, str) else turn.content)
+        )
+        self._check_size(sum(len(text) for text in texts if text is not AUDIO), "messages")
+        try:
+            spans = self.template.render(turns)
+        except TemplateError as error:
+            raise bad_request(f"The chat template refuses these messages: {str(error)[:200]}", "messages") from None
+        return self._expand(self._encode(spans), clip_tokens, "messages")
+
+    def raw(self, prompt: str | Sequence[int], clip_tokens: Sequence[int]) -> Prompt:
+        """Take a prompt as it is, control tokens included.
+
+        Raises ApiError: too long, ids out of the vocabulary, or not one placeholder for each clip.
+        """
+        self._check_size(len(prompt), "prompt")
+        ids = self._encode([Span(prompt, trusted=True)]) if isinstance(prompt, str) else list(prompt)
+        if (found := ids.count(self.audio_token_id)) != len(clip_tokens):
+            message = f"The prompt has {found} audio placeholders, but 'audio' has {len(clip_tokens)} clips."
+            raise bad_request(message, "audio", "audio_count_mismatch")
+        return self._expand(ids, clip_tokens, "prompt")
+
+    def _encode(self, spans: Iterable[Span]) -> list[int]:
+        tokenizer = self.tokenizer
+        ids: list[int] = []
+        plain = ""
+        for span in spans:
+            start = 0
+            for match in tokenizer.special_pattern.finditer(span.text) if span.trusted else ():
+                ids += tokenizer.encode(plain + span.text[start : match.start()])
+                ids.append(tokenizer.special[match.group()])
+                plain, start = "", match.end()
+            plain += span.text[start:]
+        return ids + tokenizer.encode(plain)
+
+    def _expand(self, ids: Sequence[int], clip_tokens: Sequence[int], param: str) -> Prompt:
+        if ids.count(self.audio_token_id) != len(clip_tokens):
+            raise bad_request("The chat template has no place for the audio of these messages.", param)
+        clips = iter(clip_tokens)
+        expanded: list[int] = []
+        offsets = []
+        for token_id in ids:
+            if token_id == self.audio_token_id:
+                offsets.append(len(expanded))
+                expanded += [token_id] * next(clips)
+            else:
+                expanded.append(token_id)
+        if len(expanded) >= self.max_model_len:
+            raise self._too_long(str(len(expanded)), param)
+        return Prompt(tuple(expanded), tuple(offsets), sum(clip_tokens))
+
+    def _check_size(self, num_chars: int, param: str) -> None:
+        """Refuse at once what cannot fit even if every token were the longest: encoding megabytes takes seconds."""
+        at_least = num_chars // self.tokenizer.max_token_bytes
+        if at_least >= self.max_model_len:
+            raise self._too_long(f"more than {at_least}", param)
+
+    def _too_long(self, num_tokens: str, param: str) -> ApiError:
+        message = (
+            f"This model's maximum context length is {self.max_model_len} tokens. "
+            f"However, your {param} resulted in {num_tokens} tokens. Please reduce the length of the {param}."
+        )
+        return bad_request(message, param, "context_length_exceeded")

@@ -1,0 +1,140 @@
+"""The bodies of answers, whole and in chunks, as OpenAI writes them.
+
+One reply object for one answer: id, time and model name are the same in all its chunks. Knows shapes only;
+server/streaming.py makes events of the chunks.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.messages import TokenLogprobs
+from server.generation import Delta, Usage
+from server.tokenizer import Tokenizer
+
+Body = dict[str, Any]
+
+LOWEST_LOGPROB = -9999.0
+"""JSON has no -Infinity."""
+
+
+class Reply(ABC):
+    """What the answers of all endpoints have in common."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+        self._head: Body = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._tokenizer = tokenizer
+        self._has_logprobs = logprobs
+
+    def whole(self, answer: Delta, usage: Usage) -> Body:
+        """The answer in one body."""
+        choice = self._choice(answer, self._whole_text(answer.text))
+        return {**self._head, "object": self.whole_object, "choices": [choice], "usage": usage.to_json()}
+
+    def opening(self) -> Body | None:
+        """The chunk that comes before any text, if there is one."""
+        return None
+
+    def chunk(self, delta: Delta) -> Body:
+        """One piece of the answer."""
+        return self._chunk([self._choice(delta, self._delta_text(delta.text))])
+
+    def usage_chunk(self, usage: Usage) -> Body:
+        """The chunk after the last piece, when asked for."""
+        return {**self._chunk([]), "usage": usage.to_json()}
+
+    def _chunk(self, choices: list[Body]) -> Body:
+        return {**self._head, "object": self.chunk_object, "choices": choices}
+
+    def _choice(self, delta: Delta, text: Body) -> Body:
+        logprobs = self._logprobs(delta.logprobs) if self._has_logprobs and delta.logprobs else None
+        choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        return choice | {"stop_reason": delta.stop_reason} if delta.finish_reason else choice
+
+    def _token_text(self, token_id: int) -> str:
+        return self._tokenizer.bytes_of(token_id).decode(errors="replace")
+
+    @abstractmethod
+    def _whole_text(self, text: str) -> Body: ...
+
+    @abstractmethod
+    def _delta_text(self, text: str) -> Body: ...
+
+    @abstractmethod
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body: ...
+
+
+class ChatReply(Reply):
+    """POST /v1/chat/completions."""
+
+    id_prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def opening(self) -> Body:
+        opening = {"role": "assistant", "content": "", "refusal": None}
+        return self._chunk([self._choice(Delta(), {"delta": opening})])
+
+    def _whole_text(self, text: str) -> Body:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta_text(self, text: str) -> Body:
+        return {"delta": {"content": text} if text else {}}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body:
+        content = [
+            {
+                **self._token(token.token_id, token.logprob),
+                "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> Body:
+        raw = list(self._tokenizer.bytes_of(token_id))
+        return {"token": self._token_text(token_id), "logprob": max(logprob, LOWEST_LOGPROB), "bytes": raw}
+
+
+class CompletionReply(Reply):
+    """POST /v1/completions."""
+
+    id_prefix = "cmpl"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    _text_offset = 0
+    """Characters of the tokens listed so far."""
+
+    def _whole_text(self, text: str) -> Body:
+        return {"text": text}
+
+    def _delta_text(self, text: str) -> Body:
+        return {"text": text}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body:
+        offsets = []
+        for token in tokens:
+            offsets.append(self._text_offset)
+            self._text_offset += len(self._token_text(token.token_id))
+        return {
+            "tokens": [self._token_text(token.token_id) for token in tokens],
+            "token_logprobs": [max(token.logprob, LOWEST_LOGPROB) for token in tokens],
+            "top_logprobs": [self._alternatives(token.top) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _alternatives(self, top: Sequence[tuple[int, float]]) -> Mapping[str, float]:
+        return {self._token_text(token_id): max(logprob, LOWEST_LOGPROB) for token_id, logprob in top}

@@ -1,0 +1,85 @@
+"""The URLs. Each route reads its input, calls one function, and leaves failures to server/middleware.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from engine.errors import EngineDeadError
+from server.body import parse_body
+from server.chat import complete_chat
+from server.completions import complete_prompt
+from server.disconnect import while_connected
+from server.middleware import Traffic
+from server.schema import ChatRequest, CompletionRequest
+from server.serving import Serving
+
+OWNER = "tympan"
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """A conversation's next turn."""
+    body = await parse_body(request, ChatRequest, request.app.state.max_body_bytes)
+    return await while_connected(request, complete_chat(_serving(request), body))
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    """The continuation of a raw prompt."""
+    body = await parse_body(request, CompletionRequest, request.app.state.max_body_bytes)
+    return await while_connected(request, complete_prompt(_serving(request), body))
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """All names under which the model is served."""
+    return JSONResponse(
+        {"object": "list", "data": [_model(request, name) for name in _serving(request).model_names]}
+    )
+
+
+@router.get("/v1/models/{name:path}")
+async def retrieve_model(request: Request, name: str) -> Response:
+    """One of them."""
+    return JSONResponse(_model(request, _serving(request).model_name(name)))
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 while the engine lives, 503 after. For liveness probes: load and draining do not matter."""
+    return Response(status_code=200 if _is_alive(request) else 503)
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 while new requests are welcome, 503 otherwise. For load balancers."""
+    traffic: Traffic = request.app.state.traffic
+    return Response(status_code=200 if _is_alive(request) and not traffic.is_draining else 503)
+
+
+def _serving(request: Request) -> Serving:
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+def _is_alive(request: Request) -> bool:
+    try:
+        _serving(request).engine.check_health()
+    except EngineDeadError:
+        return False
+    return True
+
+
+def _model(request: Request, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": request.app.state.started,
+        "owned_by": OWNER,
+        "max_model_len": _serving(request).engine.info.max_model_len,
+    }

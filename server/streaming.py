@@ -1,0 +1,83 @@
+"""An answer as server-sent events: the bytes, their order, and what happens when it fails or falls silent.
+
+    [role chunk] chunk... [usage chunk] [DONE]
+
+The last text rides on the chunk with the finish reason. While nothing comes, comment lines keep proxies from
+closing the connection. A failure after the headers is an error event, then [DONE]. Closing the response, for
+whatever reason, aborts the request in the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from server.channel import Channel
+from server.errors import to_api_error
+from server.generation import Delta, Usage
+from server.replies import Body, Reply
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+logger = logging.getLogger(__name__)
+
+
+def encode_event(data: Any) -> bytes:
+    """One event. ASCII only: some clients take U+2028 or U+0085 for the end of a line."""
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """The streaming response of one answer; owns its channel."""
+
+    def __init__(
+        self, deltas: Channel[Delta], reply: Reply, usage: Usage, *, include_usage: bool, keep_alive_s: float | None
+    ) -> None:
+        self._deltas = deltas
+        self._reply = reply
+        self._usage = usage
+        self._include_usage = include_usage
+        self._keep_alive_s = keep_alive_s
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._events(), headers=headers, media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._deltas.aclose()
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            if opening := self._reply.opening():
+                yield self._chunk(opening)
+            async with aclosing(self._pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
+            if self._include_usage:
+                yield encode_event(self._reply.usage_chunk(self._usage))
+        except Exception as error:
+            logger.warning("a stream failed after it had begun: %s", type(error).__name__, exc_info=error)
+            yield encode_event(to_api_error(error).envelope())
+        yield DONE
+
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+        while True:
+            try:
+                delta = await self._deltas.get(self._keep_alive_s)
+            except TimeoutError:
+                yield KEEP_ALIVE
+                continue
+            yield self._chunk(self._reply.chunk(delta))
+            if delta.finish_reason:
+                return
+
+    def _chunk(self, body: Body) -> bytes:
+        return encode_event(body | {"usage": None} if self._include_usage else body)

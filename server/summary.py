@@ -1,0 +1,30 @@
+"""What the operator sees once the server is ready: what runs where and why, how much fits, a request to paste."""
+
+from __future__ import annotations
+
+from engine.messages import EngineInfo
+from model.config import MAX_AUDIO_SAMPLES, num_audio_tokens
+
+TYPICAL_TEXT_TOKENS = 50
+"""Question and answer round one clip of 30 s, for the estimate of how many fit."""
+
+
+def startup_summary(info: EngineInfo, model: str, address: str) -> str:
+    """A few lines of text."""
+    tokens_per_request = num_audio_tokens(MAX_AUDIO_SAMPLES) + TYPICAL_TEXT_TOKENS
+    blocks_per_request = -(-tokens_per_request // info.block_size)
+    num_requests = min(info.num_blocks // blocks_per_request, info.max_num_seqs)
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    return "\n".join(
+        (
+            f"Tympan serves {model} on {address}",
+            f"  device     {info.device}",
+            f"  dtype      {info.dtype} ({info.dtype_reason})",
+            f"  attention  {info.attention_backend} ({info.attention_reason})",
+            f"  KV cache   {info.num_blocks} blocks of {info.block_size} tokens: "
+            f"{num_requests} requests at once with a 30 s clip each",
+            f"  context    {info.max_model_len} tokens; loaded in {info.load_seconds:.1f} s",
+            "Try it:",
+            f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        )
+    )

@@ -1,0 +1,109 @@
+"""An engine client that follows a script: real asynchrony, failures and aborts, no model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from engine.errors import EngineDeadError
+from engine.messages import (
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    TokenLogprobs,
+)
+
+INFO = EngineInfo(
+    max_model_len=256,
+    vocab_size=600,
+    device="cpu",
+    dtype="float32",
+    dtype_reason="fake",
+    attention_backend="reference",
+    attention_reason="fake",
+    num_blocks=1000,
+    block_size=16,
+    max_num_seqs=8,
+    load_seconds=0.0,
+)
+
+
+@dataclass
+class Script:
+    """What to answer to one request."""
+
+    token_ids: Sequence[int] = ()
+    finish_reason: FinishReason = FinishReason.STOP
+    delay_s: float = 0.0
+    """Before each token."""
+    failure: Exception | None = None
+    """Raised after `fail_after` tokens."""
+    fail_after: int = 0
+    tokens_per_step: int = 1
+
+
+@dataclass
+class FakeEngineClient:
+    """Answers each request with `script`, and remembers what it was asked."""
+
+    script: Script = field(default_factory=Script)
+    info: EngineInfo = INFO
+    stats: EngineStats = field(default_factory=EngineStats)
+    requests: list[EngineRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    dead: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        self.requests.append(request)
+        finished = False
+        try:
+            async for output in self._steps(request):
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            if not finished:
+                self.aborted.append(request.request_id)
+
+    async def _steps(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        script = self.script
+        ids = list(script.token_ids)[: request.sampling.max_tokens]
+        cut = len(ids) < len(script.token_ids)
+        for start in range(0, len(ids), script.tokens_per_step):
+            await asyncio.sleep(script.delay_s)
+            self.check_health()
+            if script.failure and start >= script.fail_after:
+                raise script.failure
+            new = ids[start : start + script.tokens_per_step]
+            last = start + script.tokens_per_step >= len(ids)
+            reason = (FinishReason.LENGTH if cut else script.finish_reason) if last else None
+            stop_id = new[-1] if last and not cut and new[-1] in request.sampling.stop_token_ids else None
+            yield EngineOutput(
+                request_id=request.request_id,
+                new_token_ids=tuple(new),
+                logprobs=tuple(self._logprobs(token_id, request) for token_id in new)
+                if request.sampling.logprobs is not None
+                else (),
+                finish_reason=reason,
+                stop_token_id=stop_id,
+                num_cached_tokens=16 if start == 0 else 0,
+            )
+        if script.failure:
+            raise script.failure
+
+    def _logprobs(self, token_id: int, request: EngineRequest) -> TokenLogprobs:
+        top = ((token_id, -0.5), (token_id + 1, float("-inf")))
+        return TokenLogprobs(token_id, -0.5, top[: request.sampling.logprobs])
+
+    def check_health(self) -> None:
+        if self.dead.is_set():
+            raise EngineDeadError("the engine was killed")
+
+    async def wait_dead(self) -> str:
+        await self.dead.wait()
+        return "the engine was killed"
+
+    async def close(self) -> None:
+        self.dead.set()
