@@ -179,14 +179,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _audio_config(raw: Json) -> AudioConfig:
-    return AudioConfig(**{name: raw[name] for name in AudioConfig.__slots__ if name in raw})
+    return AudioConfig(**{name: raw[name] for name in AudioConfig.__slots__ if raw.get(name) is not None})
 
 
 def _text_config(raw: Json, *, tied: bool) -> TextConfig:
-    heads = raw.get("num_attention_heads", 32)
-    hidden = raw.get("hidden_size", 4096)
+    heads = _or(raw, "num_attention_heads", 32)
+    hidden = _or(raw, "hidden_size", 4096)
     rope = raw.get("rope_parameters") or {}
-    rope_type = (raw.get("rope_scaling") or rope).get("rope_type", "default")
+    scaling = raw.get("rope_scaling") or rope
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))  # "type" before transformers 4.45
     _require(rope_type == "default", "text_config.rope_scaling", "absent")
     _require(not raw.get("use_sliding_window", False), "text_config.use_sliding_window", "false")
     given = {name: raw[name] for name in TextConfig.__slots__ if raw.get(name) is not None}

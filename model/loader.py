@@ -68,6 +68,8 @@ def load_model(
     if LM_HEAD in files:  # a file that holds its own lm_head is right, whatever its config says of tying
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    if LM_HEAD not in files:  # leaving the meta device gave each module a parameter of its own
+        model.lm_head.weight = model.decoder.embed_tokens.weight
     for layer in model.audio_tower.layers:
         layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
     parameters = dict(model.named_parameters())
@@ -94,7 +96,10 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{INDEX_FILE} has no weight_map")
-        return {str(name): str(file) for name, file in weight_map.items()}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+                raise CheckpointError(f"{INDEX_FILE}: weight_map puts {name} outside the folder, in {file!r}")
+        return dict(weight_map)
     if not (folder / SINGLE_FILE).exists():
         raise CheckpointError(f"{folder} holds neither {INDEX_FILE} nor {SINGLE_FILE}")
     with _open(folder / SINGLE_FILE) as file:
@@ -115,7 +120,7 @@ def _read(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _open(path: Path) -> safe_open:
-    if path.name != Path(path.name).name or not path.exists():
+    if not path.exists():
         raise CheckpointError(f"weight file {path.name} is missing from {path.parent}")
     try:
         return safe_open(path, framework="pt", device="cpu")
