@@ -66,7 +66,9 @@ def test_the_clamp_follows_each_clips_own_maximum() -> None:
     samples[4000:] = 0.0
     for gain in (1e-4, 1.0, 30.0):
         ours = log_mel(torch.from_numpy(samples * np.float32(gain)), 128)
-        torch.testing.assert_close(ours, reference(samples * np.float32(gain))[:, : ours.shape[1]], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            ours, reference(samples * np.float32(gain))[:, : ours.shape[1]], atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("num_mel_bins", [80, 128])
@@ -78,7 +80,7 @@ def test_filter_bank_equals_the_references(num_mel_bins: int) -> None:
 
 def test_frames_that_hold_audio_are_those_of_the_references_mask() -> None:
     for num_samples in (1, 160, 161, 321, 4799, 4801, 479_999, 480_000):
-        mask = EXTRACTOR(
-            noise(num_samples), sampling_rate=16000, return_attention_mask=True, padding="max_length"
-        )["attention_mask"]
+        mask = EXTRACTOR(noise(num_samples), sampling_rate=16000, return_attention_mask=True, padding="max_length")[
+            "attention_mask"
+        ]
         assert num_mel_frames(num_samples) == int(np.asarray(mask).sum())

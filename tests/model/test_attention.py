@@ -1,0 +1,154 @@
+"""The reference backend against dense attention in float64, over every shape of a step that the engine makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import AttentionMetadata, EncoderMetadata
+from model.attention.reference import ReferenceBackend
+
+P = 16
+D = 8
+POOL = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """(query tokens, keys in all) of each sequence of a step, decodes first."""
+
+    name: str
+    rows: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("one token", ((1, 1),)),
+    Case("decode at page - 1", ((1, P - 1),)),
+    Case("decode at page", ((1, P),)),
+    Case("decode at page + 1", ((1, P + 1),)),
+    Case("decodes of unequal lengths", ((1, 1), (1, P), (1, 3 * P + 5), (1, P + 1), (1, 2), (1, 100))),
+    Case("whole prompt of page - 1", ((P - 1, P - 1),)),
+    Case("whole prompt of one page", ((P, P),)),
+    Case("whole prompt of page + 1", ((P + 1, P + 1),)),
+    Case("two prompts", ((7, 7), (40, 40))),
+    Case("second chunk on a page edge", ((P, 2 * P),)),
+    Case("second chunk inside a page", ((9, 30),)),
+    Case("last chunk of two tokens", ((2, 70),)),
+    Case("chunk that ends a page", ((5, 2 * P),)),
+    Case("decodes beside chunks", ((1, 33), (1, 16), (1, 1), (20, 52), (2, 2), (17, 17), (3, 64))),
+]
+HEADS = [(4, 4), (4, 2), (6, 1)]
+
+
+def make_step(case: Case, heads: tuple[int, int], stale: float) -> tuple[Tensor, ...]:
+    """Random queries, keys and values, a scattered block table, and a cache whose unused slots hold `stale`.
+
+    -> query [T, H, D], key, value [T, Hkv, D] of the step, cache [2, N, P, Hkv, D], per-sequence keys and values,
+    and the metadata; the null block holds zeros, as in the engine.
+    """
+    num_heads, num_kv_heads = heads
+    generator = torch.Generator().manual_seed(len(case.rows) * 100 + num_heads)
+    order = (torch.randperm(POOL - 1, generator=generator) + 1).tolist()
+    cache = torch.full((2, POOL, P, num_kv_heads, D), stale)
+    cache[:, 0] = 0.0
+    tables, slots, queries, new, everything = [], [], [], [], []
+    for num_queries, length in case.rows:
+        table = [order.pop() for _ in range(-(-length // P))]
+        kv = torch.randn(2, length, num_kv_heads, D, generator=generator)
+        slot = torch.tensor([table[i // P] * P + i % P for i in range(length)])
+        past = length - num_queries
+        cache.view(2, POOL * P, num_kv_heads, D)[:, slot[:past]] = kv[:, :past]
+        tables.append(table)
+        slots.append(slot[past:])
+        new.append(kv[:, past:])
+        everything.append(kv)
+        queries.append(torch.randn(num_queries, num_heads, D, generator=generator))
+    block_table = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int64)
+    for row, table in enumerate(tables):
+        block_table[row, : len(table)] = torch.tensor(table)
+    lens = tuple(length for _, length in case.rows)
+    metadata = AttentionMetadata(
+        query_lens=tuple(num for num, _ in case.rows),
+        seq_lens=lens,
+        num_decodes=sum(1 for num, _ in case.rows if num == 1),
+        block_table=block_table,
+        slot_mapping=torch.cat(slots),
+        seq_lens_device=torch.tensor(lens),
+    )
+    key, value = torch.cat(new, dim=1)
+    return torch.cat(queries), key, value, cache, everything, metadata
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool = True) -> Tensor:
+    """The oracle. query: [Q, H, D]; key, value: [S, Hkv, D] -> float64 [Q, H, D]."""
+    group = query.shape[1] // key.shape[1]
+    q, k, v = query.double(), *(x.double().repeat_interleave(group, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,shd->hqs", q, k) / query.shape[2] ** 0.5
+    if causal:
+        num_queries, length = scores.shape[1:]
+        hidden = torch.arange(length)[None] > torch.arange(length - num_queries, length)[:, None]
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return torch.einsum("hqs,shd->qhd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("stale", [0.0, 1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_equals_dense_attention_whatever_lies_in_unused_slots(
+    case: Case, heads: tuple[int, int], stale: float
+) -> None:
+    query, key, value, cache, everything, metadata = make_step(case, heads, stale)
+    out = ReferenceBackend().decode(query, key, value, cache, metadata)
+    expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
+    torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_writes_its_keys_and_values_and_nothing_else(case: Case) -> None:
+    query, key, value, cache, everything, metadata = make_step(case, (4, 2), 7.0)
+    expected = cache.clone()
+    slots = expected.view(2, POOL * P, 2, D)
+    slots[0, metadata.slot_mapping], slots[1, metadata.slot_mapping] = key, value
+    ReferenceBackend().decode(query, key, value, cache, metadata)
+    assert torch.equal(cache, expected)
+
+
+def test_scratch_memory_kept_between_steps_changes_no_result() -> None:
+    backend = ReferenceBackend()
+    for case in (*CASES, *reversed(CASES)):
+        for heads in HEADS:
+            step = make_step(case, heads, float("nan"))
+            fresh = make_step(case, heads, float("nan"))
+            ours = backend.decode(*step[:4], step[5])
+            assert torch.equal(ours, ReferenceBackend().decode(*fresh[:4], fresh[5]))
+
+
+def test_one_long_sequence_beside_short_ones() -> None:
+    case = Case("long", ((1, 500), (1, 3), (30, 240)))
+    query, key, value, cache, everything, metadata = make_step(case, (4, 2), float("nan"))
+    out = ReferenceBackend().decode(query, key, value, cache, metadata)
+    expected = [dense(q, *kv) for q, kv in zip(query.split([1, 1, 30]), everything, strict=True)]
+    torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
+
+
+def test_bfloat16_stays_near_the_oracle() -> None:
+    query, key, value, cache, everything, metadata = make_step(CASES[-1], (4, 2), 0.0)
+    out = ReferenceBackend().decode(*(x.bfloat16() for x in (query, key, value, cache)), metadata)
+    expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), torch.cat(expected), atol=0.05, rtol=0.05)
+
+
+def test_encoder_attention_stays_within_each_clip() -> None:
+    lens = (1, 37, 2, 16)
+    query, key, value = torch.randn(3, sum(lens), 4, D, generator=torch.Generator().manual_seed(0))
+    out = ReferenceBackend().encode(query, key, value, EncoderMetadata(lens))
+    parts = zip(*(x.split(list(lens)) for x in (query, key, value)), strict=True)
+    expected = torch.cat([dense(q, k, v, causal=False) for q, k, v in parts])
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
