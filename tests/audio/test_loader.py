@@ -1,0 +1,157 @@
+"""Every source through the loader, and the event loop alive meanwhile."""
+
+import ast
+import asyncio
+import base64
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import audio
+from audio import (
+    AudioBytes,
+    AudioError,
+    AudioLimits,
+    AudioLoader,
+    AudioUrl,
+    FetchPolicy,
+    InlineAudio,
+    MediaFetcher,
+    Pcm,
+    decode,
+)
+from tests.audio.origin import response, serving
+from tests.audio.signals import chirp, written
+
+LIMITS = AudioLimits()
+WAV = written(chirp(0.5, 16_000), 16_000, "WAV", "PCM_16")
+TEXT = base64.b64encode(WAV).decode()
+
+
+def load(*sources, fetcher=None):
+    async def scenario():
+        loader = AudioLoader(LIMITS, fetcher)
+        try:
+            return await asyncio.gather(*map(loader.load, sources))
+        finally:
+            await loader.aclose()
+
+    return asyncio.run(scenario())
+
+
+def test_every_inline_source_gives_the_same_clip():
+    clips = load(
+        InlineAudio(TEXT),
+        InlineAudio(TEXT, "mp3"),  # a wrong declared format decides nothing
+        InlineAudio(f"data:audio/mpeg;base64,{TEXT}"),
+        AudioUrl(f"data:audio/wav;base64,{TEXT}"),
+        AudioBytes(WAV, "flac"),
+    )
+    assert clips == [decode(WAV, LIMITS)] * 5
+
+
+def test_a_link_gives_the_same_clip():
+    async def scenario():
+        async def resolve(host, port):
+            return ["127.0.0.1"]
+
+        async with serving({"/a.mp3": response(WAV)}) as origin:
+            policy = FetchPolicy(allowed_private_hosts=frozenset({f"media.test:{origin.port}"}))
+            loader = AudioLoader(LIMITS, MediaFetcher(policy, LIMITS, resolver=resolve))
+            pcm = await loader.load(AudioUrl(f"http://media.test:{origin.port}/a.mp3"))
+            await loader.aclose()
+            return pcm
+
+    assert asyncio.run(scenario()) == decode(WAV, LIMITS)
+
+
+def test_links_can_be_off():
+    with pytest.raises(AudioError) as caught:
+        load(AudioUrl("http://example.com/a.wav"))
+    assert caught.value.code == "media_url_refused"
+
+
+def test_event_loop_stays_alive_while_decoding():
+    data = base64.b64encode(written(chirp(300, 16_000), 16_000, "MP3")).decode()
+
+    async def scenario():
+        loader = AudioLoader(LIMITS)
+        task = asyncio.create_task(loader.load(InlineAudio(data, "mp3")))
+        worst, num_ticks = 0.0, 0
+        while not task.done():
+            started = time.perf_counter()
+            await asyncio.sleep(0.005)
+            worst = max(worst, time.perf_counter() - started - 0.005)
+            num_ticks += 1
+        await loader.aclose()
+        return task.result(), worst, num_ticks
+
+    pcm, worst, num_ticks = asyncio.run(scenario())
+    assert pcm.duration_s == pytest.approx(300, abs=0.1)
+    assert num_ticks > 5  # it did run beside the decode
+    assert worst < 0.25
+
+
+def test_workers_are_bounded(monkeypatch):
+    running = most_running = 0
+
+    def slow_decode(data, limits):
+        nonlocal running, most_running
+        running += 1
+        most_running = max(most_running, running)
+        time.sleep(0.02)
+        running -= 1
+        return decode(data, limits)
+
+    monkeypatch.setattr("audio.loader.decode", slow_decode)
+    assert len(load(*[AudioBytes(WAV)] * 8)) == 8
+    assert most_running == 2
+
+
+def test_pcm_is_read_only_and_owns_its_samples():
+    samples = np.ones(10, np.float32)
+    pcm = Pcm(samples)
+    samples[0] = 5
+    assert pcm.samples[0] == 1
+    assert pcm == Pcm(np.ones(10, np.float32))
+    assert len(pcm.content_hash) == 64
+    with pytest.raises(ValueError, match="read-only"):
+        pcm.samples[0] = 0
+
+
+@pytest.mark.parametrize("samples", [np.zeros(0, np.float32), np.zeros(3), np.zeros((2, 2), np.float32)])
+def test_pcm_refuses_other_shapes(samples):
+    with pytest.raises(ValueError, match="float32"):
+        Pcm(samples)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AudioLimits(max_clip_bytes=0),
+        lambda: AudioLimits(max_clip_seconds=float("nan")),
+        lambda: AudioLimits(min_sample_rate=9_000, max_sample_rate=8_000),
+        lambda: FetchPolicy(total_timeout_s=0),
+        lambda: FetchPolicy(max_redirects=-1),
+        lambda: FetchPolicy(allowed_domains="good.test"),
+    ],
+)
+def test_wrong_limits_stop_the_start_up(make):
+    with pytest.raises(ValueError, match=r"must"):
+        make()
+
+
+def test_public_names_and_imports():
+    assert sorted(audio.__all__, key=str.lower) == sorted(dir_public(), key=str.lower)
+    for path in Path(audio.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"torch", "engine", "model", "server", "configs"}
+
+
+def dir_public():
+    modules = {path.stem for path in Path(audio.__file__).parent.glob("*.py")} - {"decode"}
+    return [name for name in vars(audio) if not name.startswith("_") and name not in modules]

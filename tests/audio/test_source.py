@@ -1,0 +1,84 @@
+"""Base64 as clients write it, and nothing looser."""
+
+import base64
+
+import pytest
+
+from audio import AudioError, AudioLimits, AudioUrl, InlineAudio
+from audio.source import decode_data_url, decode_inline
+
+PAYLOAD = bytes(range(251)) + b"\xfb\xff\xfe"  # its base64 uses + and /, and needs padding
+TEXT = base64.b64encode(PAYLOAD).decode()
+URL_SAFE = base64.urlsafe_b64encode(PAYLOAD).decode()
+LIMITS = AudioLimits(max_clip_bytes=1_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        TEXT.rstrip("="),
+        URL_SAFE,
+        URL_SAFE.rstrip("="),
+        "\n".join(TEXT[start : start + 76] for start in range(0, len(TEXT), 76)),
+        f"  {TEXT}\r\n",
+        TEXT.replace("=", "%3D").replace("+", "%2b").replace("/", "%2F"),
+        f"data:audio/wav;base64,{TEXT}",
+        f"DATA:Audio/WAV;BASE64,{TEXT}",
+        f"data:;base64,{TEXT}",
+        f"data:audio/webm;codecs=opus;base64,{TEXT}",
+        f'data:audio/webm; codecs="opus, vp8";base64,{TEXT}',
+        f" data:audio/wav;base64,{TEXT.rstrip('=')}",
+    ],
+)
+def test_accepted_spellings(text):
+    assert decode_inline(text, LIMITS) == PAYLOAD
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("", "audio_empty"),
+        ("  \n", "audio_empty"),
+        ("==", "audio_empty"),
+        ("data:audio/wav;base64,", "audio_empty"),
+        ("A", "invalid_base64"),
+        ("AAAAA", "invalid_base64"),
+        ("A===", "invalid_base64"),
+        ("===", "invalid_base64"),
+        ("AA==AA==", "invalid_base64"),
+        ("AAA*", "invalid_base64"),
+        ("AAA\x00", "invalid_base64"),
+        ("AAA%41", "invalid_base64"),
+        ("ÄÄÄÄ", "invalid_base64"),
+        ("/etc/passwd.", "invalid_base64"),
+        ("https://example.com/a.wav", "invalid_base64"),
+        ("data:audio/wav,hello", "invalid_audio_url"),
+        ("data:audio/wav;base64", "invalid_audio_url"),
+        ("data:", "invalid_audio_url"),
+        ("data:audio/wav;base64;x,AAAA", "invalid_audio_url"),
+        ("data:" + "a" * 600 + "/b;base64,AAAA", "invalid_audio_url"),
+        (base64.b64encode(bytes(1_001)).decode(), "audio_too_large"),
+        ("data:audio/wav;base64," + "A" * 100_000, "audio_too_large"),
+    ],
+)
+def test_refused_spellings(text, code):
+    with pytest.raises(AudioError) as caught:
+        decode_inline(text, LIMITS)
+    assert caught.value.code == code
+
+
+def test_size_limit_counts_the_file_and_not_its_line_breaks():
+    full = base64.encodebytes(bytes(1_000)).decode()
+    assert len(full) * 3 // 4 > 1_000
+    assert decode_inline(full, LIMITS) == bytes(1_000)
+
+
+def test_data_url_header_of_hostile_length_is_quick_to_refuse():
+    with pytest.raises(AudioError, match="malformed"):
+        decode_data_url("data:" + ";a=" * 1_000_000, LIMITS)
+
+
+def test_payloads_stay_out_of_logs():
+    assert "c2VjcmV0" not in repr(InlineAudio("c2VjcmV0", "wav"))
+    assert "token" not in repr(AudioUrl("https://example.com/?token=1"))
