@@ -20,6 +20,7 @@ def configure_logging(level: str) -> None:
             "root": {"level": level.upper(), "handlers": ["stderr"]},
             "loggers": {
                 "httpx": {"level": "WARNING"},  # it logs URLs, and those may hold secrets
+                "uvicorn.access": {"level": "WARNING"},  # ours has no query strings
                 "uvicorn": {"level": "WARNING" if level != "debug" else "DEBUG"},
             },
         }
