@@ -3,7 +3,7 @@
     python -m benchmarks.make_checkpoint FOLDER [--size small|mid] [--dtype bfloat16|float32] [--seed 0]
 
 `small` has about 60 M parameters, `mid` about 530 M: the sizes at which a CPU still tells servers apart. The
-tokenizer is the bundled checkpoint's; ids past it decode to nothing, which costs a server what real ids cost.
+tokenizer is the bundled checkpoint's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from model.attention import select_backend
 from model.config import Qwen2AudioConfig
-from model.loader import name_table
+from model.loader import LM_HEAD, name_table
 from model.qwen2_audio import Qwen2Audio
 
 BUNDLED = Path(__file__).parent.parent / "checkpoints" / "tympan-tiny"
@@ -60,7 +60,7 @@ def write_checkpoint(folder: Path, size: str, dtype: str, seed: int = 0) -> int:
         "audio_token_index": special["<|AUDIO|>"],
         "dtype": dtype,
     }
-    tensors = _random_tensors(Qwen2AudioConfig.from_json(config), getattr(torch, dtype), seed)
+    tensors = _random_tensors(Qwen2AudioConfig.from_json(config), getattr(torch, dtype), seed, min(special.values()))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     eos = [special["<|im_end|>"], special["<|endoftext|>"]]
@@ -70,7 +70,9 @@ def write_checkpoint(folder: Path, size: str, dtype: str, seed: int = 0) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _random_tensors(config: Qwen2AudioConfig, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+def _random_tensors(
+    config: Qwen2AudioConfig, dtype: torch.dtype, seed: int, num_text_tokens: int
+) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Qwen2Audio(config, select_backend("reference")[0]).named_parameters()}
     generator = torch.Generator().manual_seed(seed)
@@ -81,6 +83,7 @@ def _random_tensors(config: Qwen2AudioConfig, dtype: torch.dtype, seed: int) -> 
         is_norm = "norm" in name and name.endswith("weight")
         noise = torch.randn(shape, generator=generator) * (0.02 if len(shape) == 1 else 0.5 / shape[-1] ** 0.5)
         tensors[name] = (noise + 1.0 if is_norm else noise).to(dtype)
+    tensors[LM_HEAD][num_text_tokens:] = 0.0  # never the largest logit: answers are text, so that streams show it
     return tensors
 
 
