@@ -1,0 +1,49 @@
+# Everything goes through .venv, made on first use. `make help` lists the targets.
+#
+#   PYTHON=python3.12 make setup                 another interpreter (3.11 to 3.13)
+#   TORCH="torch==2.11.0 --index-url URL" ...    another build of torch (a CPU wheel index, say)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup serve test lint types check clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# torch comes first and alone: a plain resolve would choose a build for this machine on its own terms.
+$(VENV)/.runtime: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "Python 3.11 to 3.13 is needed; this is $$($(PYTHON) --version). Try PYTHON=python3.12 make setup"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+setup: $(VENV)/.runtime ## make .venv with all that serving needs
+
+serve: setup ## serve the bundled checkpoint on port 8000; make serve ARGS="--port 8001"
+	$(BIN)/python -m server $(ARGS)
+
+test: $(VENV)/.dev ## run the tests; make test ARGS="-k scheduler"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test ## what CI runs
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
