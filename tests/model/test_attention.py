@@ -111,7 +111,7 @@ def test_a_step_equals_dense_attention_whatever_lies_in_unused_slots(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_writes_its_keys_and_values_and_nothing_else(case: Case) -> None:
-    query, key, value, cache, everything, metadata = make_step(case, (4, 2), 7.0)
+    query, key, value, cache, _everything, metadata = make_step(case, (4, 2), 7.0)
     expected = cache.clone()
     slots = expected.view(2, POOL * P, 2, D)
     slots[0, metadata.slot_mapping], slots[1, metadata.slot_mapping] = key, value

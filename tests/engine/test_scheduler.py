@@ -1,0 +1,461 @@
+"""The scheduler with its block manager and encoder cache: a random machine that tries to break it, then plain cases.
+
+The machine plays the runner: it keeps the set of encoded clips as the plans say and fails as soon as a plan needs
+what it does not have. No torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.block_manager import BlockManager
+from engine.encoder_cache import EncoderCache
+from engine.messages import AudioClip, EngineOutput, EngineRequest, FinishReason, SamplingParams
+from engine.scheduler import SampledToken, Scheduler, SchedulerOutput
+from engine.sequence import Sequence, SequenceStatus
+from model.config import num_audio_tokens, num_mel_frames
+
+STOP = 1
+TEXT = 5
+BROKEN = "broken"
+
+
+def clip(num_tokens: int, content_hash: str, offset: int = 0) -> AudioClip:
+    samples = np.zeros(640 * num_tokens, dtype=np.float32)
+    assert num_audio_tokens(len(samples)) == num_tokens
+    return AudioClip(samples, content_hash, offset, num_tokens)
+
+
+POOL = [clip(num_tokens, f"clip{number}") for number, num_tokens in enumerate((1, 2, 3, 5, 8, 11))]
+LARGEST = POOL[-1]
+
+
+def request(request_id: str, parts: list[int | AudioClip], **sampling: Any) -> EngineRequest:
+    """A prompt of runs of text (their lengths) and clips."""
+    ids: list[int] = []
+    clips = []
+    for part in parts:
+        if isinstance(part, int):
+            ids += [TEXT] * part
+        else:
+            clips.append(AudioClip(part.samples, part.content_hash, len(ids), part.num_tokens))
+            ids += [9] * part.num_tokens
+    params = SamplingParams(**{"max_tokens": 4, "stop_token_ids": (STOP,), **sampling})
+    return EngineRequest(request_id, tuple(ids), params, tuple(clips))
+
+
+def make_scheduler(**changes: int) -> Scheduler:
+    sizes = {
+        "num_blocks": 32, "block_size": 4, "capacity": 24, "max_num_seqs": 4,
+        "max_num_batched_tokens": 16, "max_encoder_frames": num_mel_frames(len(LARGEST.samples)),
+        "max_model_len": 40,
+    } | changes  # fmt: skip
+    blocks = BlockManager(sizes.pop("num_blocks"), sizes.pop("block_size"))
+    return Scheduler(blocks, EncoderCache(sizes.pop("capacity")), **sizes)
+
+
+def add(scheduler: Scheduler, request: EngineRequest) -> Sequence:
+    sequence = Sequence(request, seed=0)
+    scheduler.add(sequence)
+    return sequence
+
+
+class FakeRunner:
+    """Keeps encoded clips as the plans say, and checks every plan against the budgets and the cache."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.clips: dict[str, int] = {}
+
+    def execute(self, plan: SchedulerOutput) -> None:
+        for content_hash in plan.evicted_clips:
+            self.clips.pop(content_hash, None)
+        for new in plan.clips_to_encode:
+            assert new.content_hash not in self.clips, "a clip that is there is encoded again"
+            self.clips[new.content_hash] = new.num_tokens
+        self._check_cache(plan)
+        self._check_budgets(plan)
+        self._check_blocks(plan)
+
+    def _check_cache(self, plan: SchedulerOutput) -> None:
+        assert sum(self.clips.values()) <= self.scheduler.encoder_cache.capacity
+        for item in plan.scheduled:
+            for needed in item.sequence.clips_within(item.start, item.start + item.num_tokens):
+                assert needed.content_hash in self.clips, "a scheduled placeholder has no embedding"
+        for content_hash in self.clips:
+            assert self.scheduler.encoder_cache.has(clip(1, content_hash)), "the runner keeps a forgotten clip"
+
+    def _check_budgets(self, plan: SchedulerOutput) -> None:
+        scheduler = self.scheduler
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        assert sum(item.num_tokens for item in plan.scheduled) <= scheduler.max_num_batched_tokens
+        frames = sum(num_mel_frames(len(new.samples)) for new in plan.clips_to_encode)
+        assert frames <= scheduler.max_encoder_frames
+        lone = [item.num_tokens == 1 for item in plan.scheduled]
+        assert lone == sorted(lone, reverse=True), "single tokens come first"
+
+    def _check_blocks(self, plan: SchedulerOutput) -> None:
+        size = self.scheduler.blocks.block_size
+        written = Counter[int]()
+        for item in plan.scheduled:
+            sequence = item.sequence
+            assert sequence.status is SequenceStatus.RUNNING
+            assert sequence in self.scheduler.running
+            assert item.num_tokens >= 1
+            assert item.start == sequence.num_computed_tokens
+            assert item.start + item.num_tokens <= sequence.num_tokens
+            assert item.samples == (item.start + item.num_tokens == sequence.num_tokens)
+            for position in range(item.start, item.start + item.num_tokens):
+                block = sequence.block_table[position // size]
+                assert block != 0, "the null block is never written"
+                written[block * size + position % size] += 1
+        assert not written or max(written.values()) == 1, "two tokens share a slot"
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests come, are stepped, fail and go in any order, in pools far too small for them."""
+
+    @initialize(
+        block_size=st.integers(1, 5),
+        context_blocks=st.integers(4, 10),
+        extra_blocks=st.integers(0, 8),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(1, 24),
+        capacity=st.integers(LARGEST.num_tokens, 2 * LARGEST.num_tokens),
+        extra_frames=st.integers(0, 60),
+    )
+    def build(
+        self,
+        block_size: int,
+        context_blocks: int,
+        extra_blocks: int,
+        max_num_seqs: int,
+        budget: int,
+        capacity: int,
+        extra_frames: int,
+    ) -> None:
+        self.scheduler = make_scheduler(
+            num_blocks=1 + context_blocks + extra_blocks,
+            block_size=block_size,
+            capacity=capacity,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_encoder_frames=num_mel_frames(len(LARGEST.samples)) + extra_frames,
+            max_model_len=context_blocks * block_size,
+        )
+        self.runner = FakeRunner(self.scheduler)
+        self.arrivals: dict[str, int] = {}
+        self.live: dict[str, Sequence] = {}
+        self.given: dict[str, list[int]] = {}
+
+    @rule(
+        parts=st.lists(st.one_of(st.integers(1, 12), st.sampled_from(POOL)), min_size=1, max_size=5),
+        max_tokens=st.integers(1, 12),
+        min_tokens=st.integers(0, 3),
+    )
+    def add(self, parts: list[int | AudioClip], max_tokens: int, min_tokens: int) -> None:
+        """A clip may come twice in a prompt, and in several prompts."""
+        request_id = f"r{len(self.arrivals)}"
+        made = request(request_id, parts, max_tokens=max_tokens, min_tokens=min_tokens)
+        if len(made.prompt_token_ids) >= self.scheduler.max_model_len:
+            return
+        self.live[request_id] = add(self.scheduler, made)
+        self.arrivals[request_id] = len(self.arrivals)
+        self.given[request_id] = []
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.live)))
+        self.scheduler.abort(request_id)
+        del self.live[request_id]
+
+    @rule(known=st.sampled_from(["r0", "r1", "never"]))
+    def abort_one_that_is_gone(self, known: str) -> None:
+        if known not in self.live:
+            self.scheduler.abort(known)
+
+    @rule(
+        tokens=st.lists(st.sampled_from([STOP, 2, 3, 4, 6]), min_size=5, max_size=5),
+        broken=st.sets(st.integers(0, 4), max_size=1),
+        clip_fails=st.booleans(),
+    )
+    def step_with_failures(self, tokens: list[int], broken: set[int], clip_fails: bool) -> None:
+        self.step(tokens, broken, clip_fails)
+
+    @rule(tokens=st.lists(st.sampled_from([2, 3, 4, 6]), min_size=5, max_size=5), count=st.integers(1, 6))
+    def run_on(self, tokens: list[int], count: int) -> None:
+        for _ in range(count):
+            self.step(tokens)
+
+    def step(self, tokens: list[int], broken: set[int] = frozenset(), clip_fails: bool = False) -> None:  # type: ignore[assignment]
+        had_work = self.scheduler.has_work
+        plan = self.scheduler.schedule()
+        self.runner.execute(plan)
+        assert bool(plan.scheduled) == had_work, "a step with work to do does none"
+        self.check_oldest(plan)
+        sampled, row = {}, 0
+        for item in plan.scheduled:
+            if item.samples:
+                error = BROKEN if row in broken else None
+                sampled[item.sequence.request_id] = SampledToken(tokens[row % len(tokens)], error=error)
+                row += 1
+        failed = frozenset(new.content_hash for new in plan.clips_to_encode[:1]) if clip_fails else frozenset()
+        spoiled = {
+            item.sequence.request_id
+            for item in plan.scheduled
+            for used in item.sequence.clips_within(item.start, item.start + item.num_tokens)
+            if used.content_hash in failed
+        }
+        self.take(self.scheduler.update(plan, sampled, failed), sampled, spoiled)
+
+    def check_oldest(self, plan: SchedulerOutput) -> None:
+        """The oldest is never preempted; when it lacks one token, it gets it."""
+        if not plan.scheduled:
+            return
+        oldest = min(self.live.values(), key=lambda sequence: self.arrivals[sequence.request_id])
+        assert oldest.status is SequenceStatus.RUNNING
+        if oldest.num_missing_tokens == 1 and not oldest.clips_within(oldest.num_tokens - 1, oldest.num_tokens):
+            assert oldest in [item.sequence for item in plan.scheduled]
+
+    def take(self, outputs: list[EngineOutput], sampled: dict[str, SampledToken], spoiled: set[str]) -> None:
+        """Every sampled token comes out once, and every end is for the reason that it should be."""
+        assert {output.request_id for output in outputs} == sampled.keys() | spoiled
+        assert len(outputs) == len({output.request_id for output in outputs})
+        for output in outputs:
+            sequence = self.live[output.request_id]
+            params = sequence.sampling
+            token = sampled.get(output.request_id)
+            if output.request_id in spoiled or (token is not None and token.error):
+                assert output.finish_reason is FinishReason.ERROR
+                assert output.error
+                assert not output.new_token_ids
+            else:
+                assert token is not None
+                assert output.new_token_ids == (token.token_id,)
+                given = self.given[output.request_id]
+                given.append(token.token_id)
+                assert sequence.token_ids[sequence.num_prompt_tokens :] == given, "a preemption lost a token"
+                stops = token.token_id == STOP and len(given) >= params.min_tokens
+                full = len(given) >= params.max_tokens or sequence.num_tokens >= self.scheduler.max_model_len
+                expected = FinishReason.STOP if stops else FinishReason.LENGTH if full else None
+                assert output.finish_reason is expected
+            if output.finish_reason is not None:
+                del self.live[output.request_id]
+                assert sequence.status is SequenceStatus.FINISHED
+                assert not self.scheduler.knows(output.request_id)
+
+    @invariant()
+    def nothing_is_lost_or_held_twice(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+            assert {s.request_id for s in (*self.scheduler.running, *self.scheduler.waiting)} == self.live.keys()
+
+    @invariant()
+    def first_come_is_first_served(self) -> None:
+        if hasattr(self, "scheduler"):
+            line = [*self.scheduler.running, *self.scheduler.waiting]
+            order = [self.arrivals[sequence.request_id] for sequence in line]
+            assert order == sorted(order)
+
+    @invariant()
+    def a_sequence_inside_a_clip_holds_it(self) -> None:
+        for sequence in self.scheduler.running if hasattr(self, "scheduler") else []:
+            done = sequence.num_computed_tokens
+            for part in sequence.request.clips:
+                if part.offset < done < part.offset + part.num_tokens:
+                    holders = self.scheduler.encoder_cache._entries[part.content_hash].holders
+                    assert sequence.request_id in holders
+
+    def teardown(self) -> None:
+        """Whatever is left ends in a bounded number of steps, and everything goes back."""
+        if not hasattr(self, "scheduler"):
+            return
+        left = sum(sequence.num_tokens + sequence.sampling.max_tokens for sequence in self.live.values())
+        for _ in range(2 * left + 1):
+            if not self.scheduler.has_work:
+                break
+            self.step([2])
+            self.nothing_is_lost_or_held_twice()
+            self.first_come_is_first_served()
+            self.a_sequence_inside_a_clip_holds_it()
+        assert not self.live, "requests starve"
+        assert self.scheduler.blocks.usage == 0.0
+        assert not any(self.scheduler.encoder_cache.is_held(part) for part in POOL)
+
+
+Machine.TestCase.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestMachine = Machine.TestCase
+
+
+def run(scheduler: Scheduler, runner: FakeRunner, token: int = 2) -> tuple[SchedulerOutput, list[EngineOutput]]:
+    """One step in which every sequence that samples gets `token`."""
+    plan = scheduler.schedule()
+    runner.execute(plan)
+    sampled = {item.sequence.request_id: SampledToken(token) for item in plan.scheduled if item.samples}
+    outputs = scheduler.update(plan, sampled)
+    scheduler.check_integrity()
+    return plan, outputs
+
+
+def shape(plan: SchedulerOutput) -> dict[str, tuple[int, int]]:
+    return {item.sequence.request_id: (item.start, item.num_tokens) for item in plan.scheduled}
+
+
+def test_decodes_and_chunks_of_prompts_share_a_step() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("a", [6]))
+    assert shape(run(scheduler, runner)[0]) == {"a": (0, 6)}
+    add(scheduler, request("b", [20]))
+    add(scheduler, request("c", [3]))
+    assert shape(run(scheduler, runner)[0]) == {"a": (6, 1), "b": (0, 15)}
+    assert shape(run(scheduler, runner)[0]) == {"a": (7, 1), "b": (15, 5), "c": (0, 3)}
+
+
+def test_the_youngest_is_preempted_and_recomputed_with_its_output() -> None:
+    scheduler = make_scheduler(num_blocks=5, block_size=4, max_model_len=16)
+    runner = FakeRunner(scheduler)
+    old = add(scheduler, request("old", [7], max_tokens=9))
+    young = add(scheduler, request("young", [7], max_tokens=9))
+    run(scheduler, runner)
+    run(scheduler, runner)  # both hold 8 tokens in 2 blocks now, and no block is free
+    plan, _ = run(scheduler, runner)
+    assert shape(plan) == {"old": (8, 1)}
+    assert list(scheduler.waiting) == [young]
+    assert (young.num_computed_tokens, young.block_table, young.num_output_tokens) == (0, [], 2)
+    assert scheduler.stats.num_preemptions == 1
+    while old.status is not SequenceStatus.FINISHED:
+        assert "young" not in shape(run(scheduler, runner)[0])
+    assert shape(run(scheduler, runner)[0]) == {"young": (0, 9)}
+
+
+def test_a_chunk_ends_before_a_clip_that_the_frame_budget_cannot_take() -> None:
+    frames = num_mel_frames(len(LARGEST.samples))
+    scheduler = make_scheduler(max_encoder_frames=frames, max_num_batched_tokens=64, capacity=100)
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("a", [2, LARGEST, 3, POOL[0], 2]))
+    plan, _ = run(scheduler, runner)
+    assert shape(plan) == {"a": (0, 16)}
+    assert [new.content_hash for new in plan.clips_to_encode] == [LARGEST.content_hash]
+    plan, _ = run(scheduler, runner)
+    assert shape(plan) == {"a": (16, 3)}
+
+
+def test_the_same_clip_is_encoded_once_for_all_who_bring_it() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64, num_blocks=64)
+    runner = FakeRunner(scheduler)
+    for name in ("a", "b", "c"):
+        add(scheduler, request(name, [1, POOL[3], 2, POOL[3]]))
+    plan, _ = run(scheduler, runner)
+    assert len(plan.scheduled) == 3
+    assert [new.content_hash for new in plan.clips_to_encode] == [POOL[3].content_hash]
+
+
+def test_a_clip_stays_until_room_is_needed_and_the_longest_unused_goes_first() -> None:
+    scheduler = make_scheduler(capacity=13, max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    for name, part in (("a", POOL[3]), ("b", POOL[4])):
+        add(scheduler, request(name, [part, 1], max_tokens=1))
+        run(scheduler, runner)
+    add(scheduler, request("c", [POOL[3], 1], max_tokens=1))
+    plan, _ = run(scheduler, runner)
+    assert not plan.clips_to_encode
+    add(scheduler, request("d", [POOL[1], 1], max_tokens=1))
+    plan, _ = run(scheduler, runner)
+    assert plan.evicted_clips == (POOL[4].content_hash,)
+
+
+def test_a_clip_that_fails_ends_its_sequences_and_may_be_tried_again() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    for name, parts in (("a", [POOL[3], 1]), ("b", [2]), ("c", [1, POOL[3], 1])):
+        add(scheduler, request(name, parts))
+    plan = scheduler.schedule()
+    runner.execute(plan)
+    sampled = {name: SampledToken(2) for name in ("a", "b", "c")}
+    outputs = scheduler.update(plan, sampled, frozenset({POOL[3].content_hash}))
+    assert {o.request_id: o.finish_reason for o in outputs} == {
+        "a": FinishReason.ERROR,
+        "b": None,
+        "c": FinishReason.ERROR,
+    }
+    scheduler.check_integrity()
+    add(scheduler, request("d", [POOL[3], 1]))
+    plan = scheduler.schedule()
+    assert [new.content_hash for new in plan.clips_to_encode] == [POOL[3].content_hash]
+
+
+def test_stop_tokens_count_only_from_min_tokens_on() -> None:
+    scheduler = make_scheduler()
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("a", [3], min_tokens=2, max_tokens=9))
+    _, (first,) = run(scheduler, runner, STOP)
+    assert (first.finish_reason, first.stop_token_id) == (None, None)
+    _, (second,) = run(scheduler, runner, STOP)
+    assert (second.finish_reason, second.stop_token_id, second.new_token_ids) == (FinishReason.STOP, STOP, (STOP,))
+
+
+def test_a_full_context_ends_an_answer() -> None:
+    scheduler = make_scheduler(max_model_len=6)
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("a", [4], max_tokens=99))
+    assert [run(scheduler, runner)[1][0].finish_reason for _ in range(2)] == [None, FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_an_abort_gives_everything_back(running: bool) -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("a", [2, LARGEST, 2]))
+    if running:
+        run(scheduler, runner)
+        assert scheduler.blocks.usage > 0
+        assert scheduler.encoder_cache.is_held(LARGEST)
+    scheduler.abort("a")
+    scheduler.check_integrity()
+    assert scheduler.blocks.usage == 0
+    assert not scheduler.encoder_cache.is_held(LARGEST)
+    assert not scheduler.has_work
+    add(scheduler, request("a", [2]))  # its id is free again
+    assert shape(run(scheduler, runner)[0]) == {"a": (0, 2)}
+
+
+def test_blocks_are_given_back_last_in_first_out() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=2)
+    first, second = (Sequence(request(name, [6]), seed=0) for name in "ab")
+    blocks.allocate(first, 6)
+    held = list(first.block_table)
+    blocks.free(first)
+    blocks.allocate(second, 5)
+    assert second.block_table == held
+    assert not blocks.can_allocate(first, 9)
+    assert blocks.can_allocate(first, 8)
+    assert blocks.can_allocate(second, 14)
+
+
+@pytest.mark.parametrize("spoil", ["lose", "share", "null"])
+def test_check_integrity_sees_a_wrong_block(spoil: str) -> None:
+    blocks = BlockManager(num_blocks=8, block_size=2)
+    sequences = [Sequence(request(name, [6]), seed=0) for name in "ab"]
+    for sequence in sequences:
+        blocks.allocate(sequence, 4)
+    blocks.check_integrity(sequences)
+    if spoil == "lose":
+        sequences[0].block_table.pop()
+    else:
+        sequences[0].block_table[0] = sequences[1].block_table[0] if spoil == "share" else 0
+    with pytest.raises(AssertionError):
+        blocks.check_integrity(sequences)
