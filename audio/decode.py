@@ -102,9 +102,19 @@ class _MonoSink:
         return AudioLimitError("audio_too_long", f"The audio is longer than the limit of {max_seconds:g} seconds.")
 
 
+class _ForgivingBytes(io.BytesIO):
+    """Stays put on an impossible seek: an exception cannot cross libsndfile, and would go to stderr."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
 def _decode_with_soundfile(data: bytes, limits: AudioLimits) -> Pcm:
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with soundfile.SoundFile(_ForgivingBytes(data)) as file:
             sink = _MonoSink(file.samplerate, file.channels, limits)
             if file.frames < _UNKNOWN_FRAMES:
                 sink.announce(file.frames)

@@ -8,7 +8,7 @@ listed here, and may not allocate without bound. Native layout comes out: FFmpeg
 import ctypes
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import av
@@ -35,6 +35,7 @@ CODEC_ERRORS = (
 )
 
 _MAX_ALLOCATION_BYTES = 32 * MIB  # of one FFmpeg buffer; ten minutes of any real index need 6 MiB
+_BATCH_FRAMES = 16_384  # PCM frames to a block
 _MAX_STREAMS = 8  # video, subtitles and cover art included
 
 _DECODERS = (
@@ -67,8 +68,24 @@ def read_blocks(data: bytes, demuxers: str) -> Iterator[tuple[int, NDArray[np.fl
         for other in container.streams:
             if other.index != stream.index:
                 other.discard = av.stream.Discard.all
-        for frame in container.decode(stream):
-            yield frame.sample_rate, _to_float(frame)
+        yield from _batched(container.decode(stream))
+
+
+def _batched(frames: Iterable[av.AudioFrame]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Join frames of one rate and layout: they hold 20 ms each, and every block costs the consumer."""
+    pending: list[NDArray[np.float32]] = []
+    num_pending = rate = 0
+    for frame in frames:
+        block = _to_float(frame)
+        is_same = frame.sample_rate == rate and bool(pending) and block.shape[1] == pending[0].shape[1]
+        if pending and (not is_same or num_pending >= _BATCH_FRAMES):
+            yield rate, np.concatenate(pending)
+            pending, num_pending = [], 0
+        rate = frame.sample_rate
+        pending.append(block)
+        num_pending += len(block)
+    if pending:
+        yield rate, np.concatenate(pending)
 
 
 def _first_audio_stream(container: Any) -> Any:

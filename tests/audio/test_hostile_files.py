@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from audio import AudioDecodeError, AudioError, AudioLimitError, AudioLimits, decode
+from audio.ffmpeg import CODEC_ERRORS, read_blocks
 from tests.audio.signals import chirp, encoded, silent_film, written
 
 LIMITS = AudioLimits()
@@ -44,6 +45,18 @@ def test_what_is_not_audio_is_refused(name):
     error = refusal(data)
     assert error.code == code
     assert isinstance(error, AudioDecodeError)
+
+
+@pytest.mark.parametrize("name", ["ffconcat", "hls", "sdp"])
+@pytest.mark.parametrize("demuxers", ["wav", "mov,mp4,m4a,3gp,3g2,mj2", "concat,hls,sdp"])
+def test_ffmpeg_itself_may_open_nothing_else(name, demuxers, tmp_path, monkeypatch):
+    """Behind the sniffer stands a second wall, should a playlist ever get past the first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.wav").write_bytes(written(chirp(0.1, 16_000), 16_000, "WAV"))
+    started = time.perf_counter()
+    with pytest.raises(CODEC_ERRORS):
+        list(read_blocks(UNREADABLE[name][0], demuxers))
+    assert time.perf_counter() - started < 2
 
 
 def wav_header(rate=16_000, channels=1, bits=16, data_size=3_200, format_tag=1):
