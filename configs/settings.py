@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -110,8 +110,8 @@ class Settings(BaseModel):
 
     max_audio_clip_mb: float = _setting("audio", 25, "largest encoded clip, in MiB", gt=0)
     max_audio_seconds: float = _setting("audio", 600, "longest clip that is decoded, in seconds", gt=0)
-    limit_mm_per_prompt: Annotated[dict[Literal["audio"], int], BeforeValidator(_parse_limits)] = _setting(
-        "audio", {"audio": 16}, "most clips in one request, as audio=N", metavar="audio=N"
+    limit_mm_per_prompt: Annotated[dict[Literal["audio"], NonNegativeInt], BeforeValidator(_parse_limits)] = (
+        _setting("audio", {"audio": 16}, "most clips in one request, as audio=N", metavar="audio=N")
     )
     allowed_media_domains: Names = _setting(
         "audio",

@@ -1,15 +1,19 @@
 """`python -m server`: settings in, a serving process out. The composition root.
 
-Exit status: 0 after a drained shutdown, 1 when the engine cannot start or dies, 2 for wrong settings. Failures
+Exit status: 0 after a drained shutdown, 1 when the engine cannot start or dies, 2 for wrong settings, 128 and the
+signal's number when stopped while loading. Failures
 that the operator can mend are one sentence, not a traceback.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 
@@ -27,8 +31,13 @@ from server.summary import startup_summary
 
 BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"
 
+KEEP_ALIVE_SECONDS = 75
+"""Of idle connections: longer than proxies and clients keep theirs, who would else run into closed ones."""
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_SIGNAL = 128
+"""Plus the signal's number, as shells have it."""
 
 
 def main() -> int:
@@ -38,14 +47,15 @@ def main() -> int:
     except SettingsError as error:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level)
+    signal.signal(signal.SIGTERM, _stop_loading)  # until the server has its own handlers
     try:
         return asyncio.run(_run(settings))
     except (EngineStartError, ModelError) as error:
         return _fail(f"the server cannot start: {error}", EXIT_FAILED)
     except OSError as error:
         return _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", EXIT_FAILED)
-    except KeyboardInterrupt:  # before the server has its own handlers
-        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_SIGNAL + signal.SIGINT
 
 
 async def _run(settings: Settings) -> int:
@@ -66,7 +76,12 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=LAST_WORDS_SECONDS
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=LAST_WORDS_SECONDS,
     )
     cause = await serve_until_end(app, engine, config, listener, settings.shutdown_timeout)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
@@ -94,6 +109,11 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.bind((host, port))
     listener.set_inheritable(True)
     return listener
+
+
+def _stop_loading(sig: int, _: FrameType | None) -> NoReturn:
+    """Unwinds through what is being done, which ends the engine process too."""
+    sys.exit(EXIT_SIGNAL + sig)
 
 
 def _fail(message: str, status: int) -> int:

@@ -63,7 +63,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
 def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader: AudioLoader) -> Serving:
     tokenizer = Tokenizer.from_folder(checkpoint)
     audio_token_id = Qwen2AudioConfig.from_folder(checkpoint).audio_token_id
-    if audio_token_id not in tokenizer.special.values():
+    if audio_token_id not in tokenizer.special_ids:
         raise ConfigError(f"config.json: audio_token_index {audio_token_id} is no special token of tokenizer.json")
     return Serving(
         model_names=settings.served_model_name or (settings.model or checkpoint.name,),

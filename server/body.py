@@ -22,6 +22,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MAX_SHOWN_CHARS = 100
 """Of a parameter's path or a number in a message."""
+MAX_JSON_VALUES = 500_000
+"""Of a body, about: parsed, a value takes hundreds of bytes for the two that it has here. Base64 holds none."""
 
 _TYPE_NAMES = {
     "bool": "a boolean",
@@ -50,9 +52,16 @@ async def parse_body(request: Request, model: type[ModelT], max_bytes: int) -> M
         raise ApiError(415, "The Content-Type header must be application/json.")
     body = await _read(request, max_bytes)
     try:
-        return await asyncio.to_thread(model.model_validate_json, body)
+        return await asyncio.to_thread(_validate, model, body)
     except ValidationError as error:
         raise _to_api_error(error) from None
+
+
+def _validate(model: type[ModelT], body: bytes) -> ModelT:
+    num_values = sum(body.count(sign) for sign in (b",", b"[", b"{"))
+    if num_values > MAX_JSON_VALUES:
+        raise ApiError(413, "The request body holds too many values.", code="request_too_large")
+    return model.model_validate_json(body)
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
@@ -112,8 +121,10 @@ def _out_of_range(param: str, details: ErrorDetails) -> ApiError:
     value = details["input"]
     number = "integer" if isinstance(value, int) else "decimal"
     code, words, sign, key = _BOUNDS[details["type"]]
-    bound = f"Expected a value {sign} {details['ctx'][key]:g}, but got {str(value)[:MAX_SHOWN_CHARS]} instead."
-    return bad_request(f"Invalid '{param}': {number} {words} value. {bound}", param, f"{number}_{code}")
+    bound = details["ctx"][key]
+    limit = f"{bound:g}" if isinstance(bound, float) else str(bound)
+    expected = f"Expected a value {sign} {limit}, but got {str(value)[:MAX_SHOWN_CHARS]} instead."
+    return bad_request(f"Invalid '{param}': {number} {words} value. {expected}", param, f"{number}_{code}")
 
 
 def _wrong_length(param: str, kind: str, ctx: Mapping[str, Any]) -> ApiError:

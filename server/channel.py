@@ -49,8 +49,7 @@ class Channel(Generic[T]):
     async def aclose(self) -> None:
         """Close the source, wherever it is."""
         self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait({self._task})
 
     async def _pump(self, source: AsyncGenerator[T, None]) -> None:
         failure = None

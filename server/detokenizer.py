@@ -66,7 +66,7 @@ class IncrementalDetokenizer:
         min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
-        self._skipped = frozenset(tokenizer.special.values()) if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matcher = StopMatcher(stop_strings, include_match=include_stop_string)
         self._tokens_before_stop = min_tokens

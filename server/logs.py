@@ -8,6 +8,13 @@ from __future__ import annotations
 import logging
 import logging.config
 
+from engine.errors import EngineError
+
+
+def log_failure(logger: logging.Logger, what: str, error: Exception) -> None:
+    """A failure that is not the client's. A traceback only for bugs: a dead engine would log one per request."""
+    logger.error("%s: %s", what, error, exc_info=None if isinstance(error, EngineError) else error)
+
 
 def configure_logging(level: str) -> None:
     """Set up logging for the whole process."""

@@ -17,8 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import ApiKeys
 from server.errors import UNAVAILABLE, ApiError, to_api_error
+from server.logs import log_failure
 
 GUARDED_PREFIX = "/v1/"
+PROBES = ("/health", "/ready")
+"""Asked every few seconds: not worth a log line."""
 CLIENT_GONE = 499
 """nginx's status for a client that left; only ever logged."""
 
@@ -71,7 +74,10 @@ class RequestScope:
             self._traffic.num_in_flight -= 1
             duration_ms = 1000 * (time.perf_counter() - started)
             method, path = scope["method"], scope["path"][:200]
-            access_logger.info("%s %r %d %.0fms %s", method, path, exchange.status, duration_ms, exchange.request_id)
+            level = logging.DEBUG if path in PROBES else logging.INFO
+            access_logger.log(
+                level, "%s %r %d %.0fms %s", method, path, exchange.status, duration_ms, exchange.request_id
+            )
 
 
 class _Exchange:
@@ -94,8 +100,8 @@ class _Exchange:
     async def fail(self, error: Exception, scope: Scope, receive: Receive) -> None:
         """Answer with the error, unless an answer has begun: then only the connection can tell."""
         told = to_api_error(error)
-        if told.status >= 500:
-            logger.error("request %s failed", self.request_id, exc_info=error)
+        if told.status >= 500 and told is not error:
+            log_failure(logger, f"request {self.request_id} failed", error)
         if self._has_begun:
             raise error
         await told.response()(scope, receive, self.send)

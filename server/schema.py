@@ -23,11 +23,14 @@ from server.parameters import (
 
 MAX_STOP_CHARS = 1024
 """Of one stop string; the text held back while it may be beginning is as long."""
+MAX_ITEMS = 4096
+"""Of messages, parts and token lists: no context holds more that means something."""
 MAX_COUNT = 2**31 - 1
 """Of token counts: far above any context, and small enough for every tensor type."""
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -131,7 +134,8 @@ def _content_tag(content: object) -> str:
 
 
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(min_length=1), Tag("<parts>")],
+    Annotated[str, Tag("<string>")]
+    | Annotated[list[Part], Field(min_length=1, max_length=MAX_ITEMS), Tag("<parts>")],
     Discriminator(_content_tag),
 ]
 
@@ -182,7 +186,7 @@ class GenerationRequest(StrictModel):
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_ITEMS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
@@ -191,7 +195,7 @@ class GenerationRequest(StrictModel):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_ITEMS)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
 
@@ -235,7 +239,7 @@ class ChatRequest(GenerationRequest):
 
     refusals = REFUSED_IN_CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS)]
     max_completion_tokens: Count | None = None
     """Wins over max_tokens, its older name."""
     logprobs: bool | None = None
@@ -277,7 +281,7 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[TokenId], Field(min_length=1), Tag("<parts>")],
         Discriminator(_content_tag),
     ]
-    audio: list[AudioInput] | None = None
+    audio: Annotated[list[AudioInput], Field(max_length=MAX_ITEMS)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property

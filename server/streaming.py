@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from server.channel import Channel
 from server.errors import to_api_error
 from server.generation import Delta, Usage
+from server.logs import log_failure
 from server.replies import Body, Reply
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -64,7 +65,7 @@ class EventStream(StreamingResponse):
             if self._include_usage:
                 yield encode_event(self._reply.usage_chunk(self._usage))
         except Exception as error:
-            logger.warning("a stream failed after it had begun: %s", type(error).__name__, exc_info=error)
+            log_failure(logger, "a stream failed after it had begun", error)
             yield encode_event(to_api_error(error).envelope())
         yield DONE
 

@@ -33,6 +33,7 @@ class Tokenizer:
     _encoder: Encoder
     special: dict[str, int]
     """Control tokens: text to id."""
+    special_ids: frozenset[int]
     special_pattern: re.Pattern[str]
     """Finds them, the longest where several begin at one place. Without any, it matches nothing."""
     token_bytes: tuple[bytes, ...]
@@ -57,12 +58,14 @@ class Tokenizer:
             encoder = Encoder.from_str(json.dumps({**raw, "added_tokens": ordinary, "post_processor": None}))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"tokenizer.json cannot be read: {error}") from None
+        special_ids = frozenset(special.values())
         longest_first = sorted(special, key=len, reverse=True)
         token_bytes = _bytes_by_id(encoder, {token["id"]: token["content"] for token in added})
-        ordinary_bytes = (token for id_, token in enumerate(token_bytes) if id_ not in special.values())
+        ordinary_bytes = (token for id_, token in enumerate(token_bytes) if id_ not in special_ids)
         return cls(
             _encoder=encoder,
             special=special,
+            special_ids=special_ids,
             special_pattern=re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"),
             token_bytes=token_bytes,
             max_token_bytes=max(map(len, ordinary_bytes), default=1),
