@@ -74,9 +74,8 @@ def test_links_can_be_off():
 
 
 def test_event_loop_stays_alive_while_decoding():
-    # With noise: LAME gives a bare tone frames of so few bits that mpg123 rejects some of them.
-    noisy = chirp(10, 16_000) + np.random.default_rng(0).normal(0, 0.03, (160_000, 1)).astype(np.float32)
-    five_minutes = np.tile(noisy, (30, 1))
+    # LAME's VBR at 16 kHz holds a few frames that mpg123 complains of on stderr; only time is judged here.
+    five_minutes = np.tile(chirp(10, 16_000), (30, 1))
     data = base64.b64encode(written(five_minutes, 16_000, "MP3")).decode()
 
     async def scenario():
