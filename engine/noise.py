@@ -22,7 +22,7 @@ def gumbel(seeds: Tensor, steps: Tensor, token_ids: Tensor) -> Tensor:
     """
     stream = _mix(seeds + _mix(steps + _signed(_GOLDEN)))
     bits = _mix(stream[:, None] + (token_ids + 1) * _signed(_GOLDEN))
-    uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53  # in (0, 1), both ends excluded
+    uniform = (_shift(bits, 12).double() + 0.5) * 2.0**-52  # in (0, 1): with a bit more, the last would round to 1
     return uniform.log_().neg_().log_().neg_().float()
 
 

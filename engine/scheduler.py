@@ -267,6 +267,11 @@ class Scheduler:
 
     def _release_clips(self, sequence: Sequence, before: int | None = None) -> None:
         """Let go of the clips that end at or before position `before`; of all of them when None."""
-        for clip in sequence.request.clips:
-            if before is None or clip.offset + clip.num_tokens <= before:
+        clips = sequence.request.clips
+        inside = {
+            clip.content_hash for clip in clips if before and clip.offset < before < clip.offset + clip.num_tokens
+        }
+        for clip in clips:
+            ended = before is None or clip.offset + clip.num_tokens <= before
+            if ended and clip.content_hash not in inside:  # the same audio may come twice in one prompt
                 self.encoder_cache.release(clip, sequence.request_id)
