@@ -33,7 +33,8 @@ def clip(num_tokens: int, content_hash: str, offset: int = 0) -> AudioClip:
     return AudioClip(samples, content_hash, offset, num_tokens)
 
 
-POOL = [clip(num_tokens, f"clip{number}") for number, num_tokens in enumerate((1, 2, 3, 5, 8, 11))]
+POOL = [clip(num_tokens, f"clip{num_tokens}") for num_tokens in (1, 2, 3, 5, 8, 11)]
+CLIPS = {part.content_hash: part for part in POOL}
 LARGEST = POOL[-1]
 
 
@@ -156,14 +157,15 @@ class Machine(RuleBasedStateMachine):
         self.given: dict[str, list[int]] = {}
 
     @rule(
-        parts=st.lists(st.one_of(st.integers(1, 12), st.sampled_from(POOL)), min_size=1, max_size=5),
+        parts=st.lists(st.one_of(st.integers(1, 12), st.sampled_from(sorted(CLIPS))), min_size=1, max_size=5),
         max_tokens=st.integers(1, 12),
         min_tokens=st.integers(0, 3),
     )
-    def add(self, parts: list[int | AudioClip], max_tokens: int, min_tokens: int) -> None:
+    def add(self, parts: list[int | str], max_tokens: int, min_tokens: int) -> None:
         """A clip may come twice in a prompt, and in several prompts."""
         request_id = f"r{len(self.arrivals)}"
-        made = request(request_id, parts, max_tokens=max_tokens, min_tokens=min_tokens)
+        filled = [part if isinstance(part, int) else CLIPS[part] for part in parts]
+        made = request(request_id, filled, max_tokens=max_tokens, min_tokens=min_tokens)
         if len(made.prompt_token_ids) >= self.scheduler.max_model_len:
             return
         self.live[request_id] = add(self.scheduler, made)
@@ -214,6 +216,8 @@ class Machine(RuleBasedStateMachine):
             for used in item.sequence.clips_within(item.start, item.start + item.num_tokens)
             if used.content_hash in failed
         }
+        for content_hash in failed:
+            del self.runner.clips[content_hash]
         self.take(self.scheduler.update(plan, sampled, failed), sampled, spoiled)
 
     def check_oldest(self, plan: SchedulerOutput) -> None:
