@@ -81,7 +81,7 @@ class ChatTemplate:
         if (jinja := folder / "chat_template.jinja").exists():
             return cls(jinja.read_text(encoding="utf-8"), constants)
         for holder in (_read_if_there(folder / "chat_template.json"), config):
-            if isinstance(source := holder.get("chat_template"), str):
+            if source := _default_source(holder.get("chat_template")):
                 return cls(source, constants)
         return cls(DEFAULT_TEMPLATE, constants)
 
@@ -129,6 +129,13 @@ def _content(content: str | tuple[str | None, ...], marks: _Marks) -> str | list
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
+
+
+def _default_source(templates: object) -> str:
+    """A template, or a list of named ones, of which `default` is meant for chats."""
+    if isinstance(templates, list):
+        templates = next((entry.get("template") for entry in templates if entry.get("name") == "default"), "")
+    return templates if isinstance(templates, str) else ""
 
 
 def _token_text(token: object) -> str:

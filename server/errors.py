@@ -2,7 +2,7 @@
 
 Exception
 ├── ApiError           the client's fault, found by the server; carries its own status
-├── audio.AudioError   a clip that cannot be fetched, decoded or accepted  -> 400 (made by media, which knows where)
+├── audio.AudioError   a clip that cannot be fetched, decoded or accepted    -> 400, by media
 ├── RequestError       this request failed inside the engine                 -> 500
 ├── EngineDeadError    the engine is gone, and every request with it         -> 503
 ├── HTTPException      the framework's: unknown route, wrong method          -> 404, 405

@@ -27,12 +27,14 @@ from server.replies import Body, Reply
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
+_to_json = json.JSONEncoder(separators=(",", ":")).encode  # made once: this runs for every token
+
 logger = logging.getLogger(__name__)
 
 
 def encode_event(data: Any) -> bytes:
     """One event. ASCII only: some clients take U+2028 or U+0085 for the end of a line."""
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _to_json(data).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):

@@ -10,6 +10,8 @@ import pytest
 
 from engine.errors import RequestError
 from engine.messages import FinishReason
+from server.parameters import IGNORED, REFUSED_IN_CHAT
+from server.schema import ChatRequest
 from server.tokenizer import Tokenizer
 
 from .conftest import Served, audio_part, text_part, user
@@ -120,6 +122,30 @@ def test_parameters_reach_the_engine(served: Served) -> None:
     assert sampling.logit_bias == ((5, -100), (7, 3.5))
     assert sampling.stop_token_ids == (9,)
     assert sampling.logprobs == 2
+
+
+def test_null_equals_omitted(served: Served) -> None:
+    fields = {*ChatRequest.model_fields, *REFUSED_IN_CHAT, *IGNORED} - {"messages"}
+    body = {"messages": [user("Hi") | {"name": None, "tool_calls": None}], **dict.fromkeys(fields)}
+    assert served.post(body).status_code == 200
+    assert served.post({"messages": [user("Hi")]}).status_code == 200
+    with_nulls, without = served.engine.requests
+    assert with_nulls.sampling == without.sampling
+
+
+def test_harmless_values_of_refused_fields_pass(served: Served) -> None:
+    for name, refusal in REFUSED_IN_CHAT.items():
+        for value in refusal.harmless:
+            assert served.post({"messages": [user("Hi")], name: value}).status_code == 200, name
+
+
+def test_every_refused_field_is_refused_by_name(served: Served) -> None:
+    for name in REFUSED_IN_CHAT:
+        response = served.post({"messages": [user("Hi")], name: {"any": "thing"}})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == name
+    assert not REFUSED_IN_CHAT.keys() & ChatRequest.model_fields.keys()
+    assert not REFUSED_IN_CHAT.keys() & IGNORED
 
 
 def test_length_and_clamping(served: Served) -> None:

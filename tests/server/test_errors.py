@@ -207,6 +207,12 @@ def test_body_over_the_cap(served: Served) -> None:
     assert served.post(chat()).status_code == 200
 
 
+def test_bodies_of_countless_values(served: Served) -> None:
+    response = served.post(b'{"messages": [], "x": [' + b"0," * 520_000 + b"0]}", headers={})
+    assert response.status_code == 413
+    check_envelope(response)
+
+
 def test_endless_body_is_cut(served: Served) -> None:
     """No Content-Length to go by: the bytes are counted."""
     host, port = served.url.removeprefix("http://").split(":")

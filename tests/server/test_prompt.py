@@ -144,6 +144,10 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     assert rendered().startswith("<|im_start|>system\nYou are")
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "config {{ eos_token }}", "eos_token": "E"}')
     assert rendered() == "config E"
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"chat_template": [{"name": "rag", "template": "a"}, {"name": "default", "template": "named"}]}'
+    )
+    assert rendered() == "named"
     (tmp_path / "chat_template.json").write_text('{"chat_template": "json"}')
     assert rendered() == "json"
     (tmp_path / "chat_template.jinja").write_text("jinja")

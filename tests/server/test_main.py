@@ -1,0 +1,52 @@
+"""The command line as a process, and what it makes of settings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.settings import Settings
+from server.__main__ import BUNDLED_CHECKPOINT, _engine_args
+from server.summary import startup_summary
+
+from .fake_engine import INFO
+
+
+@pytest.mark.parametrize(("arguments", "status", "told"), [
+    (["--port", "99999"], 2, "port"),
+    (["--model", "./no-such-folder", "--port", "0"], 1, "no-such-folder"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(arguments: list[str], status: int, told: str) -> None:
+    command = [sys.executable, "-m", "server", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == status
+    assert told in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_settings_reach_the_engine() -> None:
+    settings = Settings(
+        device="cpu", dtype="float32", attention_backend="reference", max_model_len=512, max_num_seqs=3,
+        max_num_batched_tokens=64, kv_cache_memory_bytes=10**6, gpu_memory_utilization=0.5, seed=7,
+    )  # fmt: skip
+    args = _engine_args(settings, Path("folder"))
+    assert args.model_folder == "folder"
+    for name in ("device", "dtype", "attention_backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+                 "kv_cache_memory_bytes", "gpu_memory_utilization", "seed"):  # fmt: skip
+        assert getattr(args, name) == getattr(settings, name)
+
+
+def test_bundled_checkpoint_is_beside_the_source() -> None:
+    assert BUNDLED_CHECKPOINT.parent.parent == Path(__file__).resolve().parents[2]
+
+
+def test_summary_tells_how_much_fits() -> None:
+    info = replace(INFO, num_blocks=500, block_size=16, max_num_seqs=64)
+    summary = startup_summary(info, "tiny", "http://127.0.0.1:8000")
+    assert "10 requests at once" in summary  # 50 blocks for 750 + 50 tokens
+    assert "curl http://127.0.0.1:8000/v1/chat/completions" in summary
