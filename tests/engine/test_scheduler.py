@@ -79,7 +79,6 @@ class FakeRunner:
         for content_hash in plan.evicted_clips:
             self.clips.pop(content_hash, None)
         for new in plan.clips_to_encode:
-            assert new.content_hash not in self.clips, "a clip that is there is encoded again"
             self.clips[new.content_hash] = new.num_tokens
         self._check_cache(plan)
         self._check_budgets(plan)
@@ -199,8 +198,10 @@ class Machine(RuleBasedStateMachine):
 
     def step(self, tokens: list[int], broken: set[int] = frozenset(), clip_fails: bool = False) -> None:  # type: ignore[assignment]
         had_work = self.scheduler.has_work
+        held = {name for name, part in CLIPS.items() if self.scheduler.encoder_cache.is_held(part)}
         plan = self.scheduler.schedule()
         self.runner.execute(plan)
+        assert held.isdisjoint(new.content_hash for new in plan.clips_to_encode), "a clip in use is encoded again"
         assert bool(plan.scheduled) == had_work, "a step with work to do does none"
         self.check_oldest(plan)
         sampled, row = {}, 0

@@ -1,0 +1,240 @@
+"""The whole engine against transformers in float32: the same logits, the same 32 greedy tokens, however it is run."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.client import EngineClient, InlineEngineClient, ProcessEngineClient
+from engine.core import EngineCore
+from engine.messages import EngineArgs, EngineRequest, FinishReason
+from engine.scheduler import Scheduler
+from model.kv_cache import bytes_per_block
+from tests.reference import Prompt, Reference, noise, special_id
+
+NUM_TOKENS = 32
+START, END = special_id("<|im_start|>"), special_id("<|im_end|>")
+BOS, EOS = special_id("<|audio_bos|>"), special_id("<|audio_eos|>")
+SILENCE = np.zeros(16_000, dtype=np.float32)
+
+
+def audio(samples: np.ndarray) -> tuple[Any, ...]:
+    return BOS, samples, EOS
+
+
+PROMPTS = {
+    "no audio": Prompt.of(START, 5, 6, 7, END, START, 8, 9, 10),
+    "0.3 s": Prompt.of(START, 5, *audio(noise(4_800)), 20, 21, END, START),
+    "7.3 s": Prompt.of(START, 6, *audio(noise(116_800, seed=1)), 20, 22, END, START),
+    "30 s": Prompt.of(START, 7, *audio(noise(480_000, seed=2)), 20, 23, END, START),
+    "an odd length": Prompt.of(START, 7, *audio(noise(30_001, seed=3)), 24, END, START),
+    "audio alone": Prompt.of(START, *audio(noise(20_000, seed=4)), END, START),
+    "audio last": Prompt.of(START, 30, 31, BOS, noise(12_345, seed=5)),
+    "two audios in one message": Prompt.of(
+        START, *audio(noise(16_000, seed=6)), 40, *audio(noise(30_001, seed=7)), 41, END, START
+    ),
+    "audio across turns": Prompt.of(
+        *(START, 50, *audio(noise(8_000, seed=8)), 51, END, START, 52, 53, 54, END),
+        *(START, 55, *audio(noise(8_001, seed=9)), 56, END, START, 57, END, START, *audio(noise(20_000, seed=10))),
+        *(END, START),
+    ),
+    "the same audio twice": Prompt.of(
+        START, *audio(noise(16_000, seed=6)), 60, *audio(noise(16_000, seed=6)), 61, END, START
+    ),
+    "silence": Prompt.of(START, *audio(SILENCE), 70, END, START),
+}
+
+
+@dataclass
+class Expected:
+    """What transformers says of each prompt."""
+
+    folder: Path
+    tokens: dict[str, list[int]]
+    logits: dict[str, torch.Tensor]
+    """Over the prompt and all but the last greedy token. [T + 31, V]."""
+
+
+def expect(reference: Reference) -> Expected:
+    tokens = {name: reference.greedy(reference.prompt_inputs(prompt)) for name, prompt in PROMPTS.items()}
+    logits = {}
+    for name, prompt in PROMPTS.items():
+        extended = Prompt(prompt.token_ids + tuple(tokens[name][:-1]), prompt.clips)
+        logits[name] = reference.logits(reference.prompt_inputs(extended))
+    return Expected(reference.folder, tokens, logits)
+
+
+@pytest.fixture(scope="module")
+def gqa(gqa_reference: Reference) -> Expected:
+    return expect(gqa_reference)
+
+
+@pytest.fixture(scope="module")
+def mha(mha_reference: Reference) -> Expected:
+    return expect(mha_reference)
+
+
+@pytest.fixture(params=["gqa", "mha"])
+def expected(request: pytest.FixtureRequest) -> Expected:
+    value: Expected = request.getfixturevalue(request.param)
+    return value
+
+
+def request_of(name: str, **sampling: Any) -> EngineRequest:
+    """Greedy, with the end of sequence held back as in the reference."""
+    stop = (END, special_id("<|endoftext|>"))
+    params = {"max_tokens": NUM_TOKENS, "min_tokens": NUM_TOKENS, "stop_token_ids": stop, **sampling}
+    return PROMPTS[name].request(name, **params)
+
+
+def args_of(folder: Path, **changes: Any) -> EngineArgs:
+    return EngineArgs(str(folder), **{"device": "cpu", "num_threads": 1, "max_model_len": 1024, **changes})
+
+
+def run(core: EngineCore, names: list[str]) -> dict[str, list[int]]:
+    """Run the prompts together to their ends, checking the books after each step."""
+    tokens: dict[str, list[int]] = {name: [] for name in names}
+    for name in names:
+        core.add_request(request_of(name))
+    while core.has_work:
+        for output in core.step():
+            assert output.finish_reason in (None, FinishReason.LENGTH), output.error
+            tokens[output.request_id] += output.new_token_ids
+        core.scheduler.check_integrity()
+    return tokens
+
+
+def record_logits(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every row of logits that the engine samples from, in order."""
+    rows: list[torch.Tensor] = []
+    compute = core.runner.model.compute_logits
+
+    def recorded(hidden: torch.Tensor) -> torch.Tensor:
+        logits = compute(hidden)
+        rows.extend(logits.clone())
+        return logits
+
+    monkeypatch.setattr(core.runner.model, "compute_logits", recorded)
+    return rows
+
+
+def record_prefill(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Logits at every position that the decoder computes, in order."""
+    rows: list[torch.Tensor] = []
+    model = core.runner.model
+    decode = model.decoder.forward
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        hidden: torch.Tensor = decode(*arguments)
+        rows.extend(model.compute_logits(hidden))
+        return hidden
+
+    monkeypatch.setattr(model.decoder, "forward", recorded)
+    return rows
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prefill_logits_at_every_position(expected: Expected, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = EngineCore.build(args_of(expected.folder))
+    rows = record_prefill(core, monkeypatch)
+    core.add_request(request_of(name, max_tokens=1, min_tokens=1))
+    core.step()
+    theirs = expected.logits[name][: len(PROMPTS[name].token_ids)]
+    torch.testing.assert_close(torch.stack(rows), theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_alone_32_greedy_tokens_and_their_logits(
+    expected: Expected, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = EngineCore.build(args_of(expected.folder))
+    rows = record_logits(core, monkeypatch)
+    assert run(core, [name])[name] == expected.tokens[name]
+    theirs = expected.logits[name][-NUM_TOKENS:]
+    torch.testing.assert_close(torch.stack(rows), theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_num_batched_tokens": 17},
+        {"max_num_batched_tokens": 64},
+        {"max_num_batched_tokens": 512},
+        {"max_num_seqs": 3},
+        {"max_encoder_frames": 3000, "encoder_cache_tokens": 750},
+        {"max_num_batched_tokens": 23, "encoder_cache_tokens": 750},
+    ],
+    ids=str,
+)
+def test_all_together(expected: Expected, changes: dict[str, Any]) -> None:
+    core = EngineCore.build(args_of(expected.folder, **changes))
+    assert run(core, list(PROMPTS)) == expected.tokens
+    assert core.stats.num_preemptions == 0
+
+
+def test_all_together_in_another_order(gqa: Expected) -> None:
+    core = EngineCore.build(args_of(gqa.folder, max_num_batched_tokens=300))
+    assert run(core, list(reversed(PROMPTS))) == gqa.tokens
+
+
+@pytest.mark.parametrize("budget", [40, 2048])
+def test_after_preemptions(expected: Expected, budget: int) -> None:
+    core = EngineCore.build(args_of(expected.folder))
+    text = core.runner.model.config.text
+    small = bytes_per_block(text, 16, torch.float32) * 54  # the 30 s clip takes 52 of them
+    changes = {"kv_cache_memory_bytes": small, "max_model_len": 54 * 16, "max_num_batched_tokens": budget}
+    core = EngineCore.build(args_of(expected.folder, **changes))
+    assert run(core, list(PROMPTS)) == expected.tokens
+    assert core.stats.num_preemptions > 0
+
+
+def test_after_every_running_sequence_was_preempted(gqa: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["two audios in one message", "0.3 s", "no audio", "the same audio twice"]
+    core = EngineCore.build(args_of(gqa.folder, max_num_batched_tokens=50))
+    steps = 0
+    schedule = Scheduler.schedule
+
+    def rude(scheduler: Scheduler) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps % 7 == 0:
+            for sequence in reversed(scheduler.running.copy()):
+                scheduler._preempt(sequence, _NoStep())
+        return schedule(scheduler)
+
+    monkeypatch.setattr(Scheduler, "schedule", rude)
+    assert run(core, names) == {name: gqa.tokens[name] for name in names}
+    assert core.stats.num_preemptions > len(names)
+
+
+class _NoStep:
+    """A step in which nothing is planned yet."""
+
+    scheduled: dict[str, Any] = {}  # noqa: RUF012
+
+
+async def collect(client: EngineClient, name: str) -> list[int]:
+    tokens: list[int] = []
+    async for output in client.generate(request_of(name)):
+        tokens += output.new_token_ids
+    return tokens
+
+
+@pytest.mark.parametrize("kind", [InlineEngineClient, ProcessEngineClient])
+def test_through_a_client(gqa: Expected, kind: Any) -> None:
+    async def main() -> dict[str, list[int]]:
+        client = await kind.start(args_of(gqa.folder))
+        try:
+            answers = await asyncio.gather(*(collect(client, name) for name in PROMPTS))
+        finally:
+            await client.close()
+        return dict(zip(PROMPTS, answers, strict=True))
+
+    assert asyncio.run(main()) == gqa.tokens
