@@ -98,7 +98,8 @@ class Served:
     engine: FakeEngineClient
     tokenizer: Tokenizer
     server: DrainingServer
-    app: Any
+    client: httpx.Client
+    """One for all: making one costs more than most requests."""
 
     @property
     def openai(self) -> OpenAI:
@@ -107,7 +108,7 @@ class Served:
     def post(self, body: Any, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
         content = body if isinstance(body, (bytes, str)) else json.dumps(body)
         headers = {"Content-Type": "application/json", **options.pop("headers", {})}
-        return httpx.post(self.url + path, content=content, headers=headers, timeout=10, **options)
+        return self.client.post(self.url + path, content=content, headers=headers, **options)
 
     def say(self, text: str, *, end: bool = True, **script: Any) -> None:
         """Let the engine answer with `text`."""
@@ -121,6 +122,7 @@ class Servers:
     def __init__(self, checkpoint: Path, tokenizer: Tokenizer) -> None:
         self._checkpoint = checkpoint
         self._tokenizer = tokenizer
+        self._client = httpx.Client(trust_env=False, timeout=10)
         self._running: list[tuple[DrainingServer, threading.Thread]] = []
 
     def start(self, **settings: Any) -> Served:
@@ -138,7 +140,7 @@ class Servers:
             while not server.started:
                 await asyncio.sleep(0.005)
             port = server.servers[0].sockets[0].getsockname()[1]
-            box.append(Served(f"http://127.0.0.1:{port}", engine, self._tokenizer, server, app))
+            box.append(Served(f"http://127.0.0.1:{port}", engine, self._tokenizer, server, self._client))
             started.set()
             await serving
 
@@ -153,6 +155,7 @@ class Servers:
             server.should_exit = True
         for _, thread in self._running:
             thread.join(10)
+        self._client.close()
 
 
 @pytest.fixture(scope="module")

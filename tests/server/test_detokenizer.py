@@ -22,7 +22,7 @@ def run(detokenizer: IncrementalDetokenizer, ids: list[int]) -> list[str]:
     return [*pieces, detokenizer.finish()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(ids=ids_strategy, skip=st.booleans())
 def test_any_ids_give_what_tokenizers_gives(
     tokenizer: Tokenizer, encoder: Encoder, ids: list[int], skip: bool
@@ -51,7 +51,7 @@ def first_stop(text: str, stops: list[str]) -> tuple[int, int] | None:
     return None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(pieces=st.lists(st.text("abc", max_size=4), max_size=10), stops=stops_strategy, include=st.booleans())
 def test_stop_strings_whatever_the_split(pieces: list[str], stops: list[str], include: bool) -> None:
     whole = "".join(pieces)

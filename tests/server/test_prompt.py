@@ -61,7 +61,7 @@ conversations = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(turns=conversations)
 def test_honest_prompts_equal_the_reference(builder: PromptBuilder, encoder: Encoder, turns: list[Turn]) -> None:
     text = joined(turns)
@@ -80,7 +80,7 @@ pieces = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(turns=st.lists(st.builds(Turn, st.just("user"), st.lists(pieces, min_size=1).map(tuple)), min_size=1))
 def test_control_tokens_cannot_be_forged(builder: PromptBuilder, encoder: Encoder, turns: list[Turn]) -> None:
     ids = build(builder, turns, 2).token_ids
