@@ -1,4 +1,4 @@
-"""The whole engine against transformers in float32: the same logits, the same 32 greedy tokens, however it is run."""
+"""The whole engine against transformers in float32: the same logits, the same 32 greedy tokens, however run."""
 
 from __future__ import annotations
 

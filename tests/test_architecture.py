@@ -1,0 +1,159 @@
+"""The architecture, read from the sources: who may import whom, what stays torch-free, how long things may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("server", "engine", "model", "audio", "configs")
+
+ALLOWED = {
+    "server": {"engine", "audio", "model", "configs"},
+    "engine": {"model", "audio"},
+    "model": set(),
+    "audio": set(),
+    "configs": set(),
+}
+"""Packages that a package may import, itself aside. The three rules below narrow this."""
+MODEL_FOR_SERVER = {"model.config", "model.checkpoint", "model.errors"}
+COMPOSERS = {"server.__main__", "server.app"}
+"""The only readers of configs."""
+TORCH_FREE_ENGINE = {
+    f"engine.{name}"
+    for name in ("messages errors client sequence block_manager encoder_cache scheduler channel input_batch").split()
+}
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 50
+
+
+def name_of(path: Path) -> str:
+    """Dotted name of a source file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {name_of(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+every_module = pytest.mark.parametrize("module", SOURCES)
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(SOURCES[module].read_text(encoding="utf-8"))
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Dotted names of what a module imports; `from a import b` gives a.b where that is a module, else a."""
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno} relative import"
+            assert node.module is not None
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in SOURCES else node.module for name in names)
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def functions_of(module: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_there_are_sources_to_read() -> None:
+    assert {"engine.core", "model.qwen2_audio"} <= SOURCES.keys()
+    assert SOURCES.keys() >= TORCH_FREE_ENGINE | MODEL_FOR_SERVER
+
+
+@every_module
+def test_imports_go_one_way(module: str) -> None:
+    package = top(module)
+    ours = {name for name in imports_of(module) if top(name) in PACKAGES and top(name) != package}
+    assert {top(name) for name in ours} <= ALLOWED[package]
+    if package == "server":
+        assert {name for name in ours if top(name) == "model"} <= MODEL_FOR_SERVER
+        assert module in COMPOSERS or "configs" not in {top(name) for name in ours}
+
+
+@every_module
+def test_transformers_is_no_part_of_the_program(module: str) -> None:
+    assert "transformers" not in {top(name) for name in imports_of(module)}
+
+
+@every_module
+def test_pickle_is_used_by_the_private_channel_alone(module: str) -> None:
+    unsafe = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+    allowed = {"pickle"} if module == "engine.channel" else set()
+    assert {top(name) for name in imports_of(module)} & unsafe <= allowed
+
+
+@every_module
+def test_nothing_is_loaded_by_torch_load_or_run_by_eval(module: str) -> None:
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in {"torch.load", "eval", "exec", "os.system"}, f"line {node.lineno}"
+
+
+@every_module
+def test_imports_stand_at_the_top(module: str) -> None:
+    for function in functions_of(module):
+        for node in ast.walk(function):
+            assert not isinstance(node, ast.Import | ast.ImportFrom), f"{function.name}, line {node.lineno}"
+
+
+@every_module
+def test_a_module_says_what_it_is(module: str) -> None:
+    assert ast.get_docstring(tree_of(module))
+
+
+@every_module
+def test_modules_stay_readable_in_one_sitting(module: str) -> None:
+    assert len(SOURCES[module].read_text(encoding="utf-8").splitlines()) <= MAX_MODULE_LINES
+
+
+@every_module
+def test_functions_stay_short(module: str) -> None:
+    for function in functions_of(module):
+        assert function.end_lineno is not None
+        length = function.end_lineno - function.lineno + 1
+        assert length <= MAX_FUNCTION_LINES, f"{function.name} has {length} lines"
+
+
+def torch_free_modules() -> list[str]:
+    whole = [name for name in SOURCES if top(name) in ("server", "audio", "configs")]
+    return sorted({*whole, *TORCH_FREE_ENGINE, *MODEL_FOR_SERVER})
+
+
+@pytest.mark.parametrize("package", ["server", "audio", "configs", "engine", "model"])
+def test_the_http_side_never_loads_torch(package: str) -> None:
+    """Importing every torch-free module of a package, in a fresh interpreter, brings neither torch nor transformers."""
+    modules = [name for name in torch_free_modules() if top(name) == package and not name.endswith("__main__")]
+    if package == "server" and "server.__main__" in SOURCES:
+        modules.append("server.__main__")
+    script = f"""
+import importlib, sys
+for name in {modules!r}:
+    importlib.import_module(name)
+    loaded = sorted({{"torch", "transformers"}} & sys.modules.keys())
+    assert not loaded, f"{{name}} loads {{loaded}}"
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_packages_are_listed_for_installation() -> None:
+    """Every folder with sources is in pyproject.toml: an installed program lacks nothing."""
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = next(line for line in settings.splitlines() if line.startswith("packages = ") and "model" in line)
+    for folder in {path.parent for path in SOURCES.values()}:
+        assert f'"{".".join(folder.relative_to(ROOT).parts)}"' in listed
