@@ -3,7 +3,7 @@
     ProcessEngineClient   the engine in a process of its own, over a private pipe: production
     InlineEngineClient    the same loop in a thread of this process: tests and offline use
 
-`generate` is an async iterator: it submits on the first pull and aborts when it is closed early. Closing it is the
+`generate` is an async generator: it submits on the first pull and aborts when it is closed early. Closing it is the
 only way to cancel, whatever the cause (client gone, stop string, timeout, shutdown). This module is torch-free:
 what needs torch is imported by the thread or process that runs it.
 """
@@ -15,7 +15,7 @@ import importlib
 import multiprocessing
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Protocol, Self
@@ -54,7 +54,7 @@ class EngineClient(Protocol):
         """The latest snapshot."""
         ...
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Run a request. Raises RequestError when it fails in the engine, EngineDeadError when the engine does."""
         ...
 
@@ -92,7 +92,7 @@ class _QueueClient:
         """The latest snapshot."""
         return self._stats
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """See EngineClient."""
         self.check_health()
         outputs: asyncio.Queue[EngineOutput | EngineDeadError] = asyncio.Queue()

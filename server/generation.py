@@ -68,9 +68,7 @@ class Generation:
 
         Raises RequestError and EngineDeadError.
         """
-        outputs = self.engine.generate(self.request)
-        assert isinstance(outputs, AsyncGenerator), "closing it is how a request is aborted"
-        async with aclosing(outputs):
+        async with aclosing(self.engine.generate(self.request)) as outputs:
             async for output in outputs:
                 delta = self._take(output)
                 if delta.text or delta.finish_reason:

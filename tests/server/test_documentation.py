@@ -1,0 +1,37 @@
+"""docs/api.md names every parameter of the schema and every one that is refused or ignored."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from server.parameters import IGNORED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGES
+from server.schema import ChatRequest, CompletionRequest
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+NAMES = {
+    *ChatRequest.model_fields,
+    *CompletionRequest.model_fields,
+    *REFUSED_IN_CHAT,
+    *REFUSED_IN_COMPLETIONS,
+    *REFUSED_IN_MESSAGES,
+    *IGNORED,
+}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_parameter_is_documented(name: str) -> None:
+    assert f"`{name}`" in DOCUMENT
+
+
+def test_no_parameter_is_both_honoured_and_refused() -> None:
+    assert not set(ChatRequest.model_fields) & {*REFUSED_IN_CHAT, *IGNORED}
+    assert not set(CompletionRequest.model_fields) & {*REFUSED_IN_COMPLETIONS, *IGNORED}
+
+
+def test_lists_of_refused_and_ignored_hold_nothing_else() -> None:
+    refused = DOCUMENT.split("Refused unless")[1].split("Accepted without")[0]
+    listed = set(re.findall(r"`(\w+)`", refused))
+    assert listed == {*REFUSED_IN_CHAT, *REFUSED_IN_MESSAGES}
