@@ -11,6 +11,7 @@ what needs torch is imported by the thread or process that runs it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import importlib
 import multiprocessing
 import queue
@@ -95,6 +96,8 @@ class _QueueClient:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """See EngineClient."""
         self.check_health()
+        if request.request_id in self._queues:
+            raise RequestError("the request id is in use")
         outputs: asyncio.Queue[EngineOutput | EngineDeadError] = asyncio.Queue()
         self._queues[request.request_id] = outputs
         self._send(request)
@@ -153,6 +156,7 @@ class ProcessEngineClient(_QueueClient):
         super().__init__(info, self._outbox.put)
         self.process = process
         self._connection = connection
+        atexit.register(process.kill)  # else multiprocessing waits at exit for a process that ignores SIGTERM
         for target in (self._read, self._write):
             threading.Thread(target=target, daemon=True, name=f"engine{target.__name__}").start()
 
@@ -188,6 +192,7 @@ class ProcessEngineClient(_QueueClient):
         if self.process.is_alive():
             self.process.kill()
             await asyncio.to_thread(self.process.join)
+        atexit.unregister(self.process.kill)
 
     def _read(self) -> None:
         try:

@@ -17,7 +17,15 @@ from engine.device import resolve_device, resolve_dtype
 from engine.encoder_cache import EncoderCache
 from engine.errors import EngineStartError, RequestError
 from engine.memory import num_kv_blocks
-from engine.messages import EngineArgs, EngineInfo, EngineOutput, EngineRequest, EngineStats, FinishReason
+from engine.messages import (
+    EngineArgs,
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+)
 from engine.model_runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -97,8 +105,22 @@ class EngineCore:
             raise RequestError(f"a prompt has 1 to {self.info.max_model_len - 1} tokens; this one has {length}")
         if not all(0 <= token < self.info.vocab_size for token in request.prompt_token_ids):
             raise RequestError("the prompt holds a token id outside the vocabulary")
+        _check_sampling(request.sampling, self.info.vocab_size)
         if self.scheduler.knows(request.request_id):
             raise RequestError("the request id is in use")
+
+
+def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
+    """What would break a step for everybody. Raises RequestError."""
+    ids = (*params.stop_token_ids, *(token for token, _ in params.logit_bias))
+    if not all(0 <= token < vocab_size for token in ids):
+        raise RequestError("stop_token_ids or logit_bias hold a token id outside the vocabulary")
+    if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
+        raise RequestError("seed must be a 64-bit integer")
+    if params.logprobs is not None and not 0 <= params.logprobs <= vocab_size:
+        raise RequestError(f"logprobs must be 0 to {vocab_size}")
+    if params.max_tokens < 1:
+        raise RequestError("max_tokens must be at least 1")
 
 
 def failed(request_id: str, reason: str) -> EngineOutput:

@@ -37,6 +37,8 @@ class InputBatch:
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
     num_decodes: int
+    first_blocks: tuple[int | None, ...]
+    """Of each sequence whose blocks in use are consecutive."""
     sample_rows: Int64Array
     """Rows of the packed output that sample, in the plan's order of those sequences."""
     audio_rows: tuple[AudioRows, ...]
@@ -68,11 +70,19 @@ def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
         query_lens=query_lens,
         seq_lens=tuple(item.start + item.num_tokens for item in items),
         num_decodes=sum(1 for length in query_lens if length == 1),
+        first_blocks=tuple(_first_block(item, block_size) for item in items),
         sample_rows=np.array(
             [end - 1 for end, item in zip(ends, items, strict=True) if item.samples], dtype=np.int64
         ),
         audio_rows=tuple(_audio_rows(items, ends)),
     )
+
+
+def _first_block(item: ScheduledSequence, block_size: int) -> int | None:
+    """The first block if those in use follow each other, else None."""
+    table = item.sequence.block_table
+    num_used = -(-(item.start + item.num_tokens) // block_size)
+    return table[0] if table[:num_used] == list(range(table[0], table[0] + num_used)) else None
 
 
 def _block_span(item: ScheduledSequence, block_size: int) -> Int64Array:

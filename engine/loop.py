@@ -17,7 +17,10 @@ Emit = Callable[[FromEngine], None]
 
 
 def run_loop(core: EngineCore, inbox: Inbox, emit: Emit) -> None:
-    """Serve until a Shutdown arrives. An exception of a step ends the loop: the caller reports it."""
+    """Serve until a Shutdown arrives. An exception of a step ends the loop: the caller reports it.
+
+    Whatever happened is told at once, be it only an abort: the other side shows the counters.
+    """
     while True:
         refused: list[EngineOutput] = []
         for message in _take(inbox, wait=not core.has_work):
@@ -28,8 +31,7 @@ def run_loop(core: EngineCore, inbox: Inbox, emit: Emit) -> None:
             else:
                 refused += _add(core, message)
         outputs = refused + (core.step() if core.has_work else [])
-        if outputs:
-            emit(StepOutputs(tuple(outputs), core.stats))
+        emit(StepOutputs(tuple(outputs), core.stats))
         if not core.has_work:
             core.scheduler.check_integrity()
 

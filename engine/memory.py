@@ -61,6 +61,7 @@ def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> N
         query_lens=(num_tokens,),
         seq_lens=(num_tokens,),
         num_decodes=0,
+        first_blocks=(0,),
         block_table=torch.arange(num_blocks, device=device)[None],
         slot_mapping=positions,
         seq_lens_device=torch.tensor([num_tokens], device=device),

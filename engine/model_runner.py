@@ -72,6 +72,7 @@ class ModelRunner:
             query_lens=batch.query_lens,
             seq_lens=batch.seq_lens,
             num_decodes=batch.num_decodes,
+            first_blocks=batch.first_blocks,
             block_table=self._to_device(batch.block_table),
             slot_mapping=self._to_device(batch.slot_mapping),
             seq_lens_device=torch.tensor(batch.seq_lens, device=self.device),

@@ -22,6 +22,9 @@ from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, 
 from engine.sequence import Sequence, SequenceStatus
 from model.config import num_mel_frames
 
+MAX_SPARE = 256
+"""Tokens of the answer for which a sequence gets blocks ahead, while memory is plenty."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
@@ -193,7 +196,9 @@ class Scheduler:
         self.waiting.popleft()
         self.running.append(sequence)
         sequence.status = SequenceStatus.RUNNING
-        self.blocks.allocate(sequence, sequence.num_tokens)
+        self.blocks.allocate(
+            sequence, sequence.num_tokens, spare_tokens=min(sequence.sampling.max_tokens, MAX_SPARE)
+        )
         self._plan(sequence, num_tokens, step)
         return True
 

@@ -24,6 +24,8 @@ class AttentionMetadata:
     """Keys of each sequence, this step's tokens included."""
     num_decodes: int
     """The first so many sequences have exactly one query."""
+    first_blocks: tuple[int | None, ...]
+    """The first block of each sequence whose blocks are consecutive, so that they can be used in place."""
     block_table: Tensor
     """int64 [B, M]: the blocks of each sequence; entries past its length are 0."""
     slot_mapping: Tensor

@@ -1,9 +1,9 @@
 """Attention in plain torch: any device, any dtype, differentiable. The oracle for the other backends.
 
-Sequences attend one by one over their own blocks, gathered into a scratch buffer that is kept: on a CPU a gather
-into fresh memory costs several times as much, all of it page faults, and one sequence's keys still sit in the
-cache when they are used, which a padded batch's do not (docs/decisions.md has the figures). Encoder clips attend
-one by one as well: no padding, no mask.
+Sequences attend one by one: over the cache in place where their blocks are consecutive, else over blocks gathered
+into a scratch buffer that is kept (on a CPU a gather into fresh memory costs several times as much, all of it page
+faults). One sequence's keys still sit in the core's cache when they are used, which a padded batch's do not;
+docs/decisions.md has the figures. Encoder clips attend one by one as well: no padding, no mask.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ class ReferenceBackend:
         slots[0].index_copy_(0, metadata.slot_mapping, key)
         slots[1].index_copy_(0, metadata.slot_mapping, value)
         out = torch.empty_like(query)
+        block_size = kv_layer.shape[2]
         start = 0
         for row, (query_len, seq_len) in enumerate(zip(metadata.query_lens, metadata.seq_lens, strict=True)):
             stop = start + query_len
-            keys, values = self._gather(kv_layer, metadata.block_table[row], seq_len)
+            if (first := metadata.first_blocks[row]) is not None:
+                keys, values = slots[:, first * block_size : first * block_size + seq_len]
+            else:
+                keys, values = self._gather(kv_layer, metadata.block_table[row], seq_len)
             out[start:stop] = _attend(query[start:stop], keys, values)
             start = stop
         return out

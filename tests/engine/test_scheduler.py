@@ -438,17 +438,29 @@ def test_an_abort_gives_everything_back(running: bool) -> None:
     assert shape(run(scheduler, runner)[0]) == {"a": (0, 2)}
 
 
-def test_blocks_are_given_back_last_in_first_out() -> None:
-    blocks = BlockManager(num_blocks=8, block_size=2)
-    first, second = (Sequence(request(name, [6]), seed=0) for name in "ab")
+def test_blocks_come_in_runs_and_return_to_the_lowest() -> None:
+    blocks = BlockManager(num_blocks=12, block_size=2)
+    first, second, third = (Sequence(request(name, [6]), seed=0) for name in "abc")
     blocks.allocate(first, 6)
-    held = list(first.block_table)
+    blocks.allocate(second, 4)
+    assert (first.block_table, second.block_table) == ([1, 2, 3], [4, 5])
     blocks.free(first)
-    blocks.allocate(second, 5)
-    assert second.block_table == held
-    assert not blocks.can_allocate(first, 9)
+    blocks.allocate(third, 8)
+    assert third.block_table == [6, 7, 8, 9]  # the hole is too short
+    blocks.allocate(second, 6)
+    assert second.block_table == [4, 5, 1]  # what follows is taken: any block will do
+    assert not blocks.can_allocate(first, 10)
     assert blocks.can_allocate(first, 8)
-    assert blocks.can_allocate(second, 14)
+
+
+def test_spare_blocks_are_given_only_while_memory_is_plenty() -> None:
+    blocks = BlockManager(num_blocks=9, block_size=2)
+    first, second = (Sequence(request(name, [6]), seed=0) for name in "ab")
+    blocks.allocate(first, 2, spare_tokens=6)
+    blocks.allocate(second, 2, spare_tokens=2)
+    assert (first.block_table, second.block_table) == ([1, 2, 3, 4], [5])
+    blocks.allocate(first, 8)
+    assert first.block_table == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("spoil", ["lose", "share", "null"])

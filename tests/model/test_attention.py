@@ -46,15 +46,19 @@ CASES = [
 HEADS = [(4, 4), (4, 2), (6, 1)]
 
 
-def make_step(case: Case, heads: tuple[int, int], stale: float) -> tuple[Tensor, ...]:
-    """Random queries, keys and values, a scattered block table, and a cache whose unused slots hold `stale`.
+def make_step(case: Case, heads: tuple[int, int], stale: float, in_place: bool = False) -> tuple[Tensor, ...]:
+    """Random queries, keys and values, and a cache whose unused slots hold `stale`.
+
+    Blocks are scattered, or `in_place`: each sequence's are consecutive, and the metadata says so.
 
     -> query [T, H, D], key, value [T, Hkv, D] of the step, cache [2, N, P, Hkv, D], per-sequence keys and values,
     and the metadata; the null block holds zeros, as in the engine.
     """
     num_heads, num_kv_heads = heads
     generator = torch.Generator().manual_seed(len(case.rows) * 100 + num_heads)
-    order = (torch.randperm(POOL - 1, generator=generator) + 1).tolist()
+    order = (
+        list(range(POOL - 1, 0, -1)) if in_place else (torch.randperm(POOL - 1, generator=generator) + 1).tolist()
+    )
     cache = torch.full((2, POOL, P, num_kv_heads, D), stale)
     cache[:, 0] = 0.0
     tables, slots, queries, new, everything = [], [], [], [], []
@@ -77,6 +81,7 @@ def make_step(case: Case, heads: tuple[int, int], stale: float) -> tuple[Tensor,
         query_lens=tuple(num for num, _ in case.rows),
         seq_lens=lens,
         num_decodes=sum(1 for num, _ in case.rows if num == 1),
+        first_blocks=tuple(table[0] if in_place else None for table in tables),
         block_table=block_table,
         slot_mapping=torch.cat(slots),
         seq_lens_device=torch.tensor(lens),
@@ -97,13 +102,14 @@ def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool = True) -> Ten
     return torch.einsum("hqs,shd->qhd", scores.softmax(-1), v)
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["scattered", "in place"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("stale", [0.0, 1e30, float("nan"), float("inf")])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_equals_dense_attention_whatever_lies_in_unused_slots(
-    case: Case, heads: tuple[int, int], stale: float
+    case: Case, heads: tuple[int, int], stale: float, in_place: bool
 ) -> None:
-    query, key, value, cache, everything, metadata = make_step(case, heads, stale)
+    query, key, value, cache, everything, metadata = make_step(case, heads, stale, in_place)
     out = ReferenceBackend().decode(query, key, value, cache, metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
