@@ -26,8 +26,8 @@ from engine.messages import (
     FinishReason,
     SamplingParams,
 )
-from engine.model_runner import ModelRunner
-from engine.scheduler import Scheduler
+from engine.model_runner import ModelRunner, StepResult
+from engine.scheduler import SampledToken, Scheduler, SchedulerOutput
 from engine.sequence import Sequence
 from model.attention import select_backend
 from model.config import MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES, Qwen2AudioConfig, num_audio_tokens
@@ -35,6 +35,9 @@ from model.errors import ModelError
 from model.loader import Progress, load_model
 
 logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""Steps in a row in which nothing at all could be computed: then the device is to blame, not a request."""
 
 
 class EngineCore:
@@ -45,6 +48,8 @@ class EngineCore:
         self.scheduler = scheduler
         self.info = info
         self._seeds = random.Random(seed)
+        self._num_failed_steps = 0
+        """In a row, without a sequence that could be computed."""
 
     @classmethod
     def build(cls, args: EngineArgs, progress: Progress | None = None) -> EngineCore:
@@ -82,12 +87,45 @@ class EngineCore:
     def step(self) -> list[EngineOutput]:
         """Compute one step. -> what it gave, one output at most for each request."""
         plan = self.scheduler.schedule()
-        result = self.runner.execute(plan)
+        result = self._execute(plan)
         outputs = self.scheduler.update(plan, result.sampled, result.failed_clips)
         for output in outputs:
             if output.finish_reason is not None:
                 self.runner.release(output.request_id)
         return outputs
+
+    def _execute(self, plan: SchedulerOutput) -> StepResult:
+        """Run a plan; when that raises, run its sequences one at a time, so that only the culprit ends."""
+        try:
+            result = self.runner.execute(plan)
+        except Exception:
+            logger.exception("a step failed; its %d sequences are computed one at a time", len(plan.scheduled))
+            self._num_failed_steps += 1
+            if self._num_failed_steps >= MAX_FAILED_STEPS:
+                raise
+            return self._execute_one_by_one(plan)
+        self._num_failed_steps = 0
+        return result
+
+    def _execute_one_by_one(self, plan: SchedulerOutput) -> StepResult:
+        """Computing a token again writes what it wrote before, so nothing has to be undone first."""
+        sampled: dict[str, SampledToken] = {}
+        failed_clips: set[str] = set()
+        for item in plan.scheduled:
+            hashes = {
+                clip.content_hash for clip in item.sequence.clips_within(item.start, item.start + item.num_tokens)
+            }
+            clips = tuple(clip for clip in plan.clips_to_encode if clip.content_hash in hashes)
+            try:
+                result = self.runner.execute(SchedulerOutput((item,), clips, plan.evicted_clips))
+            except Exception:
+                logger.exception("one sequence fails alone")
+                sampled[item.sequence.request_id] = SampledToken(0, error="the request failed inside the engine")
+                continue
+            self._num_failed_steps = 0
+            sampled |= result.sampled
+            failed_clips |= result.failed_clips
+        return StepResult(sampled, frozenset(failed_clips))
 
     def _check(self, request: EngineRequest) -> None:
         """The HTTP side has checked all this; the engine does not trust it with everybody's requests."""
@@ -103,8 +141,11 @@ class EngineCore:
             position = clip.offset + clip.num_tokens
         if not 0 < length < self.info.max_model_len:
             raise RequestError(f"a prompt has 1 to {self.info.max_model_len - 1} tokens; this one has {length}")
-        if not all(0 <= token < self.info.vocab_size for token in request.prompt_token_ids):
-            raise RequestError("the prompt holds a token id outside the vocabulary")
+        sampling = request.sampling
+        biased = [token_id for token_id, _ in sampling.logit_bias]
+        for token_id in (*request.prompt_token_ids, *sampling.stop_token_ids, *biased):
+            if not 0 <= token_id < self.info.vocab_size:
+                raise RequestError(f"token id {token_id} is outside the vocabulary")
         _check_sampling(request.sampling, self.info.vocab_size)
         if self.scheduler.knows(request.request_id):
             raise RequestError("the request id is in use")
