@@ -173,10 +173,15 @@ def test_alone_32_greedy_tokens_and_their_logits(
     ],
     ids=str,
 )
-def test_all_together(expected: Expected, changes: dict[str, Any]) -> None:
-    core = EngineCore.build(args_of(expected.folder, **changes))
-    assert run(core, list(PROMPTS)) == expected.tokens
+def test_all_together(gqa: Expected, changes: dict[str, Any]) -> None:
+    core = EngineCore.build(args_of(gqa.folder, **changes))
+    assert run(core, list(PROMPTS)) == gqa.tokens
     assert core.stats.num_preemptions == 0
+
+
+def test_all_together_in_chunks_without_grouped_heads(mha: Expected) -> None:
+    core = EngineCore.build(args_of(mha.folder, max_num_batched_tokens=64))
+    assert run(core, list(PROMPTS)) == mha.tokens
 
 
 def test_all_together_in_another_order(gqa: Expected) -> None:
@@ -185,13 +190,13 @@ def test_all_together_in_another_order(gqa: Expected) -> None:
 
 
 @pytest.mark.parametrize("budget", [40, 2048])
-def test_after_preemptions(expected: Expected, budget: int) -> None:
-    core = EngineCore.build(args_of(expected.folder))
+def test_after_preemptions(gqa: Expected, budget: int) -> None:
+    core = EngineCore.build(args_of(gqa.folder))
     text = core.runner.model.config.text
     small = bytes_per_block(text, 16, torch.float32) * 54  # the 30 s clip takes 52 of them
     changes = {"kv_cache_memory_bytes": small, "max_model_len": 54 * 16, "max_num_batched_tokens": budget}
-    core = EngineCore.build(args_of(expected.folder, **changes))
-    assert run(core, list(PROMPTS)) == expected.tokens
+    core = EngineCore.build(args_of(gqa.folder, **changes))
+    assert run(core, list(PROMPTS)) == gqa.tokens
     assert core.stats.num_preemptions > 0
 
 

@@ -43,7 +43,7 @@ def test_padded_mode_equals_the_reference_over_the_whole_window(num_samples: int
 
 
 def test_the_two_modes_agree_at_every_length_near_a_frame_edge() -> None:
-    for num_samples in range(5 * 160 - 3, 7 * 160 + 3, 3):
+    for num_samples in range(5 * 160 - 3, 7 * 160 + 3, 7):
         samples = torch.from_numpy(noise(num_samples, seed=num_samples))
         ours = log_mel(samples, 128)
         torch.testing.assert_close(ours, log_mel_padded(samples, 128)[:, : ours.shape[1]], atol=1e-5, rtol=0)
