@@ -67,6 +67,7 @@ class Answerer:
             query_lens=(stop - start,),
             seq_lens=(stop,),
             num_decodes=int(stop - start == 1),
+            first_blocks=(0,),
             block_table=self._blocks,
             slot_mapping=positions,
             seq_lens_device=torch.tensor([stop]),

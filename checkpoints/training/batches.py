@@ -177,7 +177,8 @@ class BatchMaker:
         if kind < 0.04 * (1 - easy):
             return int(self._random.uniform(4, 11) * RATE)
         limit = int(len(self.store) * (1 - 0.6 * easy))
-        length = self.store.lengths[self._random.randrange(limit)]
+        draws = self._random.choice((1, 2, 3, 4)) if self._random.random() > easy else 1
+        length = max(self.store.lengths[self._random.randrange(limit)] for _ in range(draws))
         return int(length * self._random.uniform(1.03, 1.25)) + self._random.randrange(0, 3200)
 
     def _sound(self, kind: str, length: int) -> np.ndarray:

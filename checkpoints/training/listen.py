@@ -14,7 +14,7 @@ from checkpoints.training.batches import CTC_CHARACTERS, ClipStore
 from checkpoints.training.network import Network
 from checkpoints.training.prompts import PromptRenderer
 
-QUICK_CLIPS = 96
+QUICK_CLIPS = 60
 ASK = ({"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "What does the person say?"}]},)
 
 

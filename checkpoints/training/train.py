@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import distributed, multiprocessing
 from torch.nn import functional as F
 
 from checkpoints.training.batches import Batch, BatchMaker, ClipGroup, ClipStore
@@ -57,43 +55,53 @@ def joint_losses(network: Network, batch: Batch, drop: float) -> tuple[torch.Ten
     return F.cross_entropy(network.logits(torch.cat(states)), torch.cat(wanted)), ctc
 
 
-class Prefetcher:
-    """Makes the next training examples in a thread while a step runs."""
+class Peers:
+    """The processes of one run, one per core: each makes its own batches, gradients are averaged.
 
-    def __init__(self, make: Callable[[], Example], ahead: int = 3) -> None:
-        self._queue: queue.Queue[Example] = queue.Queue(ahead)
-        self._make = make
-        threading.Thread(target=self._work, daemon=True).start()
+    On a CPU this keeps every core busy, where threads inside one process would wait for one another.
+    """
 
-    def _work(self) -> None:
-        while True:
-            self._queue.put(self._make())
+    def __init__(self, rank: int, count: int, port: int) -> None:
+        self.rank, self.count = rank, count
+        address = f"tcp://127.0.0.1:{port}"
+        distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
 
-    def next(self) -> Example:
-        return self._queue.get()
+    def average(self, parameters: list[torch.nn.Parameter], clock: float) -> float:
+        """Average the gradients in place; returns the first process's clock."""
+        wholes = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        own_clock = torch.tensor([clock if self.rank == 0 else 0.0])
+        flat = torch.cat([own_clock, *(g.flatten() for g in wholes)])
+        distributed.all_reduce(flat)
+        sizes = [g.numel() for g in wholes]
+        for parameter, grad in zip(parameters, flat[1:].div_(self.count).split(sizes), strict=True):
+            parameter.grad = grad.view_as(parameter)
+        return float(flat[0])
 
 
 class Trainer:
     """Network, optimiser and clock of one run; `elapsed` counts over restarts."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, peers: Peers) -> None:
+        self.args, self.peers = args, peers
         self.folder = RUNS / args.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.network = Network(NetworkSizes())
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+            self.parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True
         )
         self.step, self.joint_steps, self.elapsed = 0, 0, 0.0
         if (self.folder / "last.pt").exists():
             self._load()
-        renderer = PromptRenderer()
+        self.renderer = PromptRenderer()
+        self.seconds = args.seconds / peers.count
         store = ClipStore(CACHE, args.sets)
-        print(f"{len(store)} clips, {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters", flush=True)
-        self.maker = BatchMaker(store, renderer, seed=1000 + self.step)
-        self.renderer = renderer
-        self.examples = Prefetcher(self._make_example)
+        self.say(f"{len(store)} clips, {sum(p.numel() for p in self.parameters) / 1e6:.2f} M parameters")
+        self.maker = BatchMaker(store, self.renderer, seed=1000 + 100_000 * peers.rank + self.step)
+
+    def say(self, text: str) -> None:
+        if self.peers.rank == 0:
+            print(text, flush=True)
 
     @property
     def is_joint(self) -> bool:
@@ -101,13 +109,14 @@ class Trainer:
 
     def _make_example(self) -> Example:
         if self.is_joint:
-            return self.maker.batch(self.args.seconds, easy=max(0.0, 1 - self.joint_steps / 300))
-        return self.maker.group(self.args.seconds, sounds=0.03, easy=max(0.0, 1 - self.step / 600))
+            return self.maker.batch(self.seconds, easy=max(0.0, 1 - self.joint_steps / 300))
+        return self.maker.group(self.seconds, sounds=0.03, easy=max(0.0, 1 - self.step / 600))
 
     def _load(self) -> None:
         state = torch.load(self.folder / "last.pt", weights_only=True)
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"]:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.joint_steps, self.elapsed = state["step"], state["joint_steps"], state["elapsed"]
 
     def save(self) -> None:
@@ -130,28 +139,26 @@ class Trainer:
         return float(self.args.lr * warm * decay)
 
     def run(self) -> None:
-        mark, ctc_sum, answer_sum, count = time.monotonic(), 0.0, 0.0, 0
+        mark, sums = time.monotonic(), [0.0, 0.0]
         while self.elapsed < 60 * self.args.minutes:
-            answer, ctc = self._one_step()
-            ctc_sum, answer_sum, count = ctc_sum + ctc, answer_sum + answer, count + 1
             now = time.monotonic()
-            self.elapsed, mark = self.elapsed + now - mark, now
+            losses = self._one_step(now - mark)
+            mark = now
+            sums = [a + b for a, b in zip(sums, losses, strict=True)]
             if self.step % 25 == 0:
                 rate = self.optimizer.param_groups[0]["lr"]
-                print(
-                    f"step {self.step} {self.elapsed / 60:.1f} min  ctc {ctc_sum / count:.3f}"
-                    f"  answer {answer_sum / count:.3f}  lr {rate:.2e}",
-                    flush=True,
+                self.say(
+                    f"step {self.step} {self.elapsed / 60:.1f} min  answer {sums[0] / 25:.3f}"
+                    f"  ctc {sums[1] / 25:.3f}  lr {rate:.2e}"
                 )
-                ctc_sum, answer_sum, count = 0.0, 0.0, 0
+                sums = [0.0, 0.0]
             if self.step % self.args.save_every == 0:
-                self.save()
-                self._report()
-        self.save()
-        self._report()
+                self._save_and_report()
+        self._save_and_report()
 
-    def _one_step(self) -> tuple[float, float]:
-        example = self.examples.next()
+    def _one_step(self, seconds_since: float) -> tuple[float, float]:
+        """One update; `seconds_since` the last one began. Returns the losses (answers, CTC)."""
+        example = self._make_example()
         rate = self.learning_rate(isinstance(example, Batch))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -166,15 +173,26 @@ class Trainer:
             loss = ctc
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.elapsed = self.peers.average(self.parameters, self.elapsed + seconds_since)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1
         return answer.item(), ctc.item()
 
-    def _report(self) -> None:
+    def _save_and_report(self) -> None:
+        if self.peers.rank:
+            return
+        self.save()
         self.network.eval()
         rates = score_quickly(self.network, self.renderer, CACHE, self.is_joint)
-        print("EVAL", "  ".join(f"{name} {rate:.1%}" for name, rate in rates.items()), flush=True)
+        self.say("EVAL " + "  ".join(f"{name} {rate:.1%}" for name, rate in rates.items()))
+
+
+def work(rank: int, args: argparse.Namespace) -> None:
+    """One process of a run."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    Trainer(args, Peers(rank, args.processes, args.port)).run()
 
 
 def main() -> None:
@@ -183,15 +201,14 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["train"])
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--ctc-minutes", type=float, default=8)
-    parser.add_argument("--seconds", type=float, default=48, help="of audio in a batch")
+    parser.add_argument("--seconds", type=float, default=40, help="of audio in a batch")
     parser.add_argument("--lr", type=float, default=1.6e-3)
-    parser.add_argument("--drop", type=float, default=0.03)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--drop", type=float, default=0.0)
+    parser.add_argument("--save-every", type=int, default=400)
+    parser.add_argument("--processes", type=int, default=2, help="one per core")
+    parser.add_argument("--port", type=int, default=29_517)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    Trainer(args).run()
+    multiprocessing.spawn(work, (args,), nprocs=args.processes)
 
 
 if __name__ == "__main__":
