@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -178,20 +178,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _given(raw: Json, shape: type[AudioConfig] | type[TextConfig], section: str) -> dict[str, Any]:
+    """The fields of a section that the file sets, each of the type of its default. Raises ConfigError."""
+    given = {item.name: raw[item.name] for item in fields(shape) if raw.get(item.name) is not None}
+    for item in fields(shape):
+        wanted = (int, float) if isinstance(item.default, float) else type(item.default)
+        if item.name in given and (
+            not isinstance(given[item.name], wanted) or isinstance(given[item.name], bool) != (wanted is bool)
+        ):
+            _require(False, f"{section}.{item.name}", f"of the type of its default, {item.default!r}")
+    return given
+
+
 def _audio_config(raw: Json) -> AudioConfig:
-    return AudioConfig(**{name: raw[name] for name in AudioConfig.__slots__ if raw.get(name) is not None})
+    return AudioConfig(**_given(raw, AudioConfig, "audio_config"))
 
 
 def _text_config(raw: Json, *, tied: bool) -> TextConfig:
-    heads = _or(raw, "num_attention_heads", 32)
-    hidden = _or(raw, "hidden_size", 4096)
+    given = _given(raw, TextConfig, "text_config")
     rope = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or rope
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))  # "type" before transformers 4.45
     _require(rope_type == "default", "text_config.rope_scaling", "absent")
     _require(not raw.get("use_sliding_window", False), "text_config.use_sliding_window", "false")
-    given = {name: raw[name] for name in TextConfig.__slots__ if raw.get(name) is not None}
-    given["head_dim"] = raw.get("head_dim") or hidden // heads
+    given.setdefault("head_dim", given.get("hidden_size", 4096) // given.get("num_attention_heads", 32))
     given["rope_theta"] = float(_or(rope, "rope_theta", _or(raw, "rope_theta", 10000.0)))
     given["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", tied)) or tied
     return TextConfig(**given)

@@ -195,3 +195,13 @@ def test_audio_token_count_at_the_edges() -> None:
     assert {length: num_audio_tokens(length) for length in counts} == counts
     assert num_audio_tokens(-5) == 0
     assert [num_mel_frames(length) for length in (0, 1, 160, 161, 480_000)] == [0, 1, 1, 2, 3000]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [("text_config", "hidden_size", "4096"), ("text_config", "num_attention_heads", 1.5), ("audio_config", "d_model", [1]),
+     ("text_config", "rms_norm_eps", "small"), ("text_config", "num_hidden_layers", True)],
+)  # fmt: skip
+def test_a_value_of_a_wrong_type_is_refused_by_name(section: str, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{section}.{name}"):
+        Qwen2AudioConfig.from_json({"model_type": "qwen2_audio", section: {name: value}})
