@@ -141,11 +141,8 @@ class EngineCore:
             position = clip.offset + clip.num_tokens
         if not 0 < length < self.info.max_model_len:
             raise RequestError(f"a prompt has 1 to {self.info.max_model_len - 1} tokens; this one has {length}")
-        sampling = request.sampling
-        biased = [token_id for token_id, _ in sampling.logit_bias]
-        for token_id in (*request.prompt_token_ids, *sampling.stop_token_ids, *biased):
-            if not 0 <= token_id < self.info.vocab_size:
-                raise RequestError(f"token id {token_id} is outside the vocabulary")
+        if not all(0 <= token < self.info.vocab_size for token in request.prompt_token_ids):
+            raise RequestError("the prompt holds a token id outside the vocabulary")
         _check_sampling(request.sampling, self.info.vocab_size)
         if self.scheduler.knows(request.request_id):
             raise RequestError("the request id is in use")

@@ -199,9 +199,14 @@ def test_audio_token_count_at_the_edges() -> None:
 
 @pytest.mark.parametrize(
     ("section", "name", "value"),
-    [("text_config", "hidden_size", "4096"), ("text_config", "num_attention_heads", 1.5), ("audio_config", "d_model", [1]),
-     ("text_config", "rms_norm_eps", "small"), ("text_config", "num_hidden_layers", True)],
-)  # fmt: skip
+    [
+        ("text_config", "hidden_size", "4096"),
+        ("text_config", "num_attention_heads", 1.5),
+        ("audio_config", "d_model", [1]),
+        ("text_config", "rms_norm_eps", "small"),
+        ("text_config", "num_hidden_layers", True),
+    ],
+)
 def test_a_value_of_a_wrong_type_is_refused_by_name(section: str, name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{section}.{name}"):
         Qwen2AudioConfig.from_json({"model_type": "qwen2_audio", section: {name: value}})
