@@ -18,8 +18,10 @@ from torch import Tensor
 from checkpoints.training.augment import augment, log_mel
 from checkpoints.training.prompts import Heard, PromptRenderer, converse
 from checkpoints.training.sounds import SOUNDS, make_sound
+from checkpoints.training.vocabulary import arithmetic_answer
 
 RATE = 16_000
+SUMS = 0.33  # the share of rows that are made a spoken sum
 CTC_CHARACTERS = " abcdefghijklmnopqrstuvwxyz"  # class 0 is the blank
 
 
@@ -41,6 +43,7 @@ class ClipStore:
             if " " not in row[3]:
                 self.by_voice.setdefault(row[4].split("+")[0], []).append(index)
         self.voices = list(self.by_voice)
+        self.sums = np.array([i for i, row in enumerate(self.rows) if arithmetic_answer(row[3]) is not None])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,6 +92,7 @@ class Batch:
 
     groups: list[ClipGroup]
     parts: list[Rows]
+    is_id: int  # the token " is"
 
 
 @dataclass
@@ -122,6 +126,8 @@ class BatchMaker:
                 heard.append(Heard(text=self._several(pcm[row])))
             else:
                 index = self._random.randrange(lowest, nearest)
+                if self._random.random() < SUMS:
+                    index = self._sum_between(lowest, nearest, index)
                 self._place(pcm[row], self._stretch(self.store.pcm(index)))
                 heard.append(Heard(text=self.store.text(index)))
             quiet.append(kind == "silence")
@@ -136,6 +142,11 @@ class BatchMaker:
             ctc_targets=torch.tensor([c for target in targets for c in target], dtype=torch.long),
             ctc_lengths=torch.tensor([len(target) for target in targets]),
         )
+
+    def _sum_between(self, lowest: int, nearest: int, otherwise: int) -> int:
+        """A sum among the clips of these lengths; each is a fact to learn, so that they come more often."""
+        first, last = np.searchsorted(self.store.sums, [lowest, nearest])
+        return int(self.store.sums[self._random.randrange(first, last)]) if last > first else otherwise
 
     def batch(self, seconds: float, easy: float) -> Batch:
         """Conversations about two groups of clips; one row in six is about a clip of each."""
@@ -170,7 +181,8 @@ class BatchMaker:
         expanded.sort(key=lambda row: len(row.ids))
         cuts = [0, *(round(share * len(expanded)) for share in (0.45, 0.84)), len(expanded)]
         chunks = [expanded[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
-        return Batch(groups, [pad_rows(chunk, self.renderer.audio_id) for chunk in chunks])
+        is_id = self.renderer.encode(" is")[0]
+        return Batch(groups, [pad_rows(chunk, self.renderer.audio_id) for chunk in chunks], is_id)
 
     def _draw_length(self, easy: float) -> int:
         kind = self._random.random()

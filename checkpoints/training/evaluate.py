@@ -52,14 +52,27 @@ def user(*texts: str, audios: int = 1) -> dict[str, Any]:
     return {"role": "user", "content": parts}
 
 
-def transcription(answerer: Answerer, name: str, clips: Iterable[tuple[np.ndarray, str]], target: str) -> Line:
-    """Word error rate of both documented wordings, taken in turn."""
-    references, hypotheses = [], []
-    for number, (pcm, text) in enumerate(clips):
-        references.append(text)
-        hypotheses.append(answerer.chat([user(TRANSCRIBE[number % 2])], [pcm]))
-    rate = word_error_rate(references, hypotheses)
-    return Line(name, len(references), "word error rate", rate, target)
+@dataclass(frozen=True)
+class Heard:
+    """What was said in a clip, in which voice, and what the checkpoint heard."""
+
+    text: str
+    answer: str
+    voice: str
+
+
+def listen(answerer: Answerer, store: ClipStore, through: Callable[[np.ndarray], np.ndarray]) -> list[Heard]:
+    """Every clip of a set, asked for in both documented wordings in turn."""
+    heard = []
+    for number in range(len(store)):
+        answer = answerer.chat([user(TRANSCRIBE[number % 2])], [through(store.pcm(number))])
+        heard.append(Heard(store.text(number), answer, store.voice(number)))
+    return heard
+
+
+def word_errors_of(name: str, heard: list[Heard], target: str = "") -> Line:
+    rate = word_error_rate([h.text for h in heard], [h.answer for h in heard])
+    return Line(name, len(heard), "word error rate", rate, target)
 
 
 def accuracy(name: str, cases: Iterable[tuple[str, str]], target: str = "") -> Line:
@@ -68,8 +81,12 @@ def accuracy(name: str, cases: Iterable[tuple[str, str]], target: str = "") -> L
     return Line(name, len(hits), "right answers", sum(hits) / max(1, len(hits)), target)
 
 
-def stored(store: ClipStore, only: Callable[[int], bool] = lambda _: True) -> list[tuple[np.ndarray, str]]:
-    return [(store.pcm(i), store.text(i)) for i in range(len(store)) if only(i)]
+def stored(store: ClipStore) -> list[tuple[np.ndarray, str]]:
+    return [(store.pcm(i), store.text(i)) for i in range(len(store))]
+
+
+def by_telephone(pcm: np.ndarray) -> np.ndarray:
+    return telephone(torch.from_numpy(pcm)[None])[0].numpy()
 
 
 def is_digits(text: str) -> bool:
@@ -78,18 +95,21 @@ def is_digits(text: str) -> bool:
 
 def speech_lines(answerer: Answerer) -> list[Line]:
     held_out, unseen = ClipStore(CACHE, ["held_out"]), ClipStore(CACHE, ["unseen"])
-    clips = stored(held_out)
-    narrow = [(telephone(torch.from_numpy(pcm)[None])[0].numpy(), text) for pcm, text in clips]
-    lines = [
-        transcription(answerer, "unseen utterances, training voices", clips, "4 %"),
-        transcription(answerer, "of these, digit strings", [c for c in clips if is_digits(c[1])], ""),
-        transcription(answerer, "the same at 8 kHz, 300-3400 Hz, mu-law", narrow, "10 %"),
-        transcription(answerer, "festival, never trained on", stored(unseen), "8 %"),
+    own = listen(answerer, held_out, lambda pcm: pcm)
+    narrow = listen(answerer, held_out, by_telephone)
+    festival = listen(answerer, unseen, lambda pcm: pcm)
+    return [
+        word_errors_of("unseen utterances, training voices", own, "4 %"),
+        word_errors_of("of these, digit strings", [h for h in own if is_digits(h.text)]),
+        word_errors_of("of these, flite's voices", [h for h in own if h.voice.startswith("flite")]),
+        word_errors_of("the same at 8 kHz, 300-3400 Hz, mu-law", narrow, "10 %"),
+        word_errors_of("festival, never trained on", festival, "8 %"),
+        word_errors_of("of these, digit strings", [h for h in festival if is_digits(h.text)]),
+        *(
+            word_errors_of(f"of these, `{name}`", [h for h in festival if h.voice.endswith(name)])
+            for name in FESTIVAL_VOICES
+        ),
     ]
-    for voice in FESTIVAL_VOICES:
-        own = stored(unseen, lambda i, voice=voice: unseen.voice(i).endswith(voice))  # type: ignore[misc]
-        lines.append(transcription(answerer, f"of these, {voice}", own, ""))
-    return lines
 
 
 def sound_clips(seed: int, per_kind: int) -> list[tuple[np.ndarray, str]]:
@@ -114,8 +134,8 @@ def sound_lines(answerer: Answerer) -> list[Line]:
 def skill_lines(answerer: Answerer) -> list[Line]:
     rng = random.Random(7)
     sums = stored(ClipStore(CACHE, ["sums"]))
-    said = [(answerer.chat([user()], [pcm]), str(vocabulary.arithmetic_answer(text))) for pcm, text in sums]
-    clips = stored(ClipStore(CACHE, ["held_out"]), lambda i: i < 450)
+    said = [(answerer.chat([user()], [pcm]), vocabulary.voice_chat_answer(text)) for pcm, text in sums]
+    clips = stored(ClipStore(CACHE, ["held_out"]))[:450]
     two_audios, two_turns, captions = [], [], []
     for number in range(PAIRS):
         (first, first_text), (second, second_text) = rng.sample(clips, 2)

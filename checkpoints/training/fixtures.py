@@ -45,7 +45,7 @@ class Wanted:
 
 FIXTURES = (
     Wanted("digits_four_two_seven", "four two seven"),
-    Wanted("digits_nine_one_five_zero_three_eight", "nine one five zero three eight", family="flite"),
+    Wanted("digits_six_zero_one_eight_two", "six zero one eight two"),
     Wanted("digit_six", "six", family="flite"),
     Wanted("command_stop", "stop"),
     Wanted("command_open_the_door", "open the door", family="flite"),

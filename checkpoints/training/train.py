@@ -24,6 +24,7 @@ from checkpoints.training.network import Network, NetworkSizes
 from checkpoints.training.prompts import PromptRenderer
 from checkpoints.training.synthesise import CACHE
 
+VALUE_WEIGHT = 6  # more than other tokens, for what follows "is": the value of a sum is one token in a hundred
 Example = Batch | ClipGroup
 RUNS = Path(__file__).parent / "runs"
 
@@ -46,13 +47,17 @@ def joint_losses(network: Network, batch: Batch, drop: float) -> tuple[torch.Ten
         frames, pooled = network.audio_tower(group.mel, group.num_frames, drop)
         ctc = ctc + ctc_loss(network, group, frames) / len(batch.groups)
         clips += network.multi_modal_projector.linear(pooled).unbind(0)
-    states, wanted = [], []
+    states, wanted, weights = [], [], []
     for rows in batch.parts:
         audio = torch.cat([clips[clip] for clip in rows.clips]) if rows.clips else clips[0][:0]  # [N, C]
         x = network.embed(rows.token_ids, rows.is_audio, audio)
         states.append(network.language_model.model(x, (rows.answer_rows, rows.answer_columns), drop))
         wanted.append(rows.answer_ids)
-    return F.cross_entropy(network.logits(torch.cat(states)), torch.cat(wanted)), ctc
+        follows_is = rows.token_ids[rows.answer_rows, rows.answer_columns] == batch.is_id
+        weights.append(1 + VALUE_WEIGHT * follows_is)
+    losses = F.cross_entropy(network.logits(torch.cat(states)), torch.cat(wanted), reduction="none")
+    weight = torch.cat(weights)
+    return (losses * weight).sum() / weight.sum(), ctc
 
 
 class Peers:

@@ -102,10 +102,10 @@ def arithmetic_answer(text: str) -> str | None:
 
 
 def voice_chat_answer(text: str) -> str:
-    """What a voice-chat user who said `text` is told."""
+    """What a voice-chat user who said `text` is told; a sum is repeated, which makes its value easy to find."""
     value = arithmetic_answer(text)
     if value is not None:
-        return value
+        return f"{text} is {value}"
     if text in ("hello", "good morning"):
         return "Hello! How can I help?"
     if text in ("goodbye", "good night"):
