@@ -21,7 +21,8 @@ from checkpoints.training.sounds import SOUNDS, make_sound
 from checkpoints.training.vocabulary import arithmetic_answer
 
 RATE = 16_000
-SUMS = 0.33  # the share of rows that are made a spoken sum
+SUMS = 0.2  # the share of clips that are made a spoken sum
+PAIRS = 0.5  # the share of clips that are talked about together with another
 CTC_CHARACTERS = " abcdefghijklmnopqrstuvwxyz"  # class 0 is the blank
 
 
@@ -149,14 +150,14 @@ class BatchMaker:
         return int(self.store.sums[self._random.randrange(first, last)]) if last > first else otherwise
 
     def batch(self, seconds: float, easy: float) -> Batch:
-        """Conversations about two groups of clips; one row in six is about a clip of each."""
+        """Conversations about two groups of clips; some rows are about a clip of each."""
         assert self.renderer is not None
         groups = [self.group(seconds / 2, 0.10, easy) for _ in range(2)]
         offset = len(groups[0].heard)
         first = list(range(offset))
         second = list(range(offset, offset + len(groups[1].heard)))
         rows: list[list[int]] = []
-        for _ in range(round(0.16 * min(len(first), len(second)))):
+        for _ in range(max(1, round(PAIRS * min(len(first), len(second))))):
             pair = [first.pop(), second.pop()]
             rows.append(pair if self._random.random() < 0.5 else pair[::-1])
         rows += [[clip] for clip in first + second]
