@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +182,7 @@ class BatchMaker:
             expanded.append(row)
         expanded.sort(key=lambda row: len(row.ids))
         cuts = [0, *(round(share * len(expanded)) for share in (0.45, 0.84)), len(expanded)]
-        chunks = [expanded[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+        chunks = [expanded[a:b] for a, b in pairwise(cuts) if b > a]
         is_id = self.renderer.encode(" is")[0]
         return Batch(groups, [pad_rows(chunk, self.renderer.audio_id) for chunk in chunks], is_id)
 

@@ -115,9 +115,7 @@ def speech_lines(answerer: Answerer) -> list[Line]:
 def sound_clips(seed: int, per_kind: int) -> list[tuple[np.ndarray, str]]:
     rng = np.random.default_rng(seed)
     return [
-        (make_sound(kind, rng, int(rng.uniform(0.8, 4) * 16_000)), kind)
-        for kind in SOUNDS
-        for _ in range(per_kind)
+        (make_sound(kind, rng, int(rng.uniform(0.8, 4) * 16_000)), kind) for kind in SOUNDS for _ in range(per_kind)
     ]
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 Places = tuple[Tensor, Tensor]  # rows and columns of a [B, S] batch
 
 

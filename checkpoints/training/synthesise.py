@@ -4,8 +4,8 @@
     python -m checkpoints.training.synthesise --pico 6000
 
 The first writes cache/train.{pcm,jsonl}, cache/held_out.{pcm,jsonl} (other utterances of the training voices) and
-cache/sums (each sum once, held out), cache/unseen (festival's voices, never trained on). A line of the index is one clip: text,
-voice, offset and length in samples. The second writes cache/pico, more training voices.
+cache/sums (each sum once, held out), cache/unseen (festival's voices, never trained on). A line of the index is one
+clip: text, voice, offset and length in samples. The second writes cache/pico, more training voices.
 """
 
 from __future__ import annotations
