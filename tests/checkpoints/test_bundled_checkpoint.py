@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
@@ -61,7 +62,6 @@ def test_tokenizer_gives_text_back():
 
 
 def test_transformers_loads_it_and_agrees_with_our_model():
-    transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()
     processor = transformers.AutoProcessor.from_pretrained(FOLDER)
     ours = load_model(
