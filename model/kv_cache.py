@@ -17,6 +17,11 @@ def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> 
 def allocate_kv_cache(
     config: TextConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """-> zeros [L, 2, N, P, Hkv, D]. On a CPU the pages are not touched until they are written."""
+    """-> [L, 2, N, P, Hkv, D], uninitialised but for the null block, so that on a CPU no page is touched before use.
+
+    (`torch.zeros` writes every page on a CPU: 2 GiB resident at once.)
+    """
     shape = (config.num_hidden_layers, 2, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-    return torch.zeros(shape, dtype=dtype, device=device)
+    kv_cache = torch.empty(shape, dtype=dtype, device=device)
+    kv_cache[:, :, 0].zero_()
+    return kv_cache
