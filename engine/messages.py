@@ -97,8 +97,6 @@ class EngineOutput:
     """What one step gave one choice of a request. The last one of a choice has a finish_reason."""
 
     request_id: str
-    index: int = 0
-    """Which of the request's choices."""
     new_token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each new token when asked for, else empty."""
@@ -109,6 +107,8 @@ class EngineOutput:
     """Prompt tokens that were not computed again."""
     error: str | None = None
     """With FinishReason.ERROR: what went wrong, safe to show."""
+    index: int = 0
+    """Which of the request's choices."""
 
     @property
     def sequence_id(self) -> SequenceId:

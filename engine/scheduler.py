@@ -337,16 +337,16 @@ class Scheduler:
             self._finish(sequence)
         return EngineOutput(
             request_id=sequence.request_id,
-            index=sequence.index,
             new_token_ids=(token.token_id,),
             logprobs=(token.logprobs,) if token.logprobs else (),
             finish_reason=reason,
             stop_token_id=token.token_id if stopped else None,
+            index=sequence.index,
         )
 
     def _fail(self, sequence: Sequence, error: str) -> EngineOutput:
         self._finish(sequence)
-        return EngineOutput(sequence.request_id, sequence.index, finish_reason=FinishReason.ERROR, error=error)
+        return EngineOutput(sequence.request_id, finish_reason=FinishReason.ERROR, error=error, index=sequence.index)
 
     def _finish(self, sequence: Sequence) -> None:
         (self.running if _runs(sequence) else self.waiting).remove(sequence)

@@ -69,9 +69,10 @@ class Serving:
             self._generation(request, prompt, clips, usage, index * request.num_choices)
             for index, (prompt, clips) in enumerate(prompts)
         ]
-        source = _nothing(num_choices) if request.token_limit == 0 else merge(generations)
-        if len(generations) == 1 and request.token_limit != 0:
-            source = generations[0].deltas()
+        if request.token_limit == 0:
+            source = _nothing(num_choices)
+        else:
+            source = generations[0].deltas() if len(generations) == 1 else merge(generations)
         if not request.stream:
             return JSONResponse(reply.whole(await collect(source), usage))
         deltas = Channel(source)

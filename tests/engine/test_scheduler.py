@@ -521,6 +521,81 @@ def test_spare_blocks_are_given_only_while_memory_is_plenty() -> None:
     assert first.block_table == [1, 2, 3, 4]
 
 
+def test_forks_share_full_blocks_and_copy_the_last() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    first, second, third = add_choices(scheduler, request("a", [10], n=3, max_tokens=2))
+    assert shape(run(scheduler, runner)[0]) == {"a": (0, 10)}  # the others wait for the prompt
+    plan, _ = run(scheduler, runner)
+    assert [(item.start, item.num_tokens) for item in plan.scheduled] == [(10, 1), (9, 1), (9, 1)]
+    assert second.block_table[:2] == third.block_table[:2] == [1, 2]
+    last = second.block_table[2], third.block_table[2]
+    assert [item.block_copy for item in plan.scheduled] == [None, (3, last[0]), (3, last[1])]
+    assert first.status is SequenceStatus.FINISHED
+    assert len({3, *last}) == 3
+    while scheduler.has_work:
+        run(scheduler, runner)
+    assert runner.num_computed == 10 + 2 + 3 * 1
+    assert scheduler.blocks.usage == 0
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_fork_whose_last_block_holds_one_token_copies_nothing(length: int) -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    add_choices(scheduler, request("a", [length], n=2))
+    run(scheduler, runner)
+    plan, _ = run(scheduler, runner)
+    assert [item.block_copy for item in plan.scheduled] == [None, None]
+
+
+def test_a_choice_that_waits_for_a_slot_keeps_the_prompt_and_computes_the_rest_of_a_block() -> None:
+    scheduler = make_scheduler(max_num_seqs=1, max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    choices = add_choices(scheduler, request("a", [11], n=3, max_tokens=1))
+    for start in (0, 8, 8):
+        assert shape(run(scheduler, runner)[0]) == {"a": (start, 11 - start)}
+    assert all(choice.status is SequenceStatus.FINISHED for choice in choices)
+    assert scheduler.blocks.usage == 0
+
+
+@pytest.mark.parametrize("ended", [1, 2])
+def test_a_kept_prompt_passes_to_the_next_choice(ended: int) -> None:
+    scheduler = make_scheduler(max_num_seqs=1, max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    add_choices(scheduler, request("a", [11], n=3, max_tokens=1))
+    run(scheduler, runner)
+    assert scheduler.abort("a", ended) == [("a", ended)]
+    scheduler.check_integrity()
+    assert shape(run(scheduler, runner)[0]) == {"a": (8, 3)}
+    assert not scheduler.has_work
+    assert scheduler.blocks.usage == 0
+
+
+def test_a_kept_prompt_is_given_up_before_anybody_is_preempted() -> None:
+    scheduler = make_scheduler(num_blocks=7, max_num_seqs=1, max_num_batched_tokens=64, max_model_len=24)
+    runner = FakeRunner(scheduler)
+    _, heir = add_choices(scheduler, request("a", [9], n=2, max_tokens=1))
+    run(scheduler, runner)
+    assert len(heir.block_table) == 2
+    add(scheduler, request("b", [15], max_tokens=8, priority=-1))
+    assert shape(run(scheduler, runner)[0]) == {"b": (0, 15)}
+    while len(scheduler.running) == 1 and scheduler.running[0].request_id == "b":
+        run(scheduler, runner)
+    assert heir.block_table == []
+    assert shape(run(scheduler, runner)[0]) == {"a": (0, 9)}
+    assert scheduler.stats.num_preemptions == 0
+    assert scheduler.blocks.usage == 0
+
+
+def test_other_requests_do_not_wait_for_a_prompt_that_choices_wait_for() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    runner = FakeRunner(scheduler)
+    add_choices(scheduler, request("a", [7], n=3))
+    add(scheduler, request("b", [1]))
+    assert shape(run(scheduler, runner)[0]) == {"a": (0, 7), "b": (0, 1)}
+
+
 @pytest.mark.parametrize("spoil", ["lose", "share", "null"])
 def test_check_integrity_sees_a_wrong_block(spoil: str) -> None:
     blocks = BlockManager(num_blocks=8, block_size=2)
