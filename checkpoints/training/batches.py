@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.training.augment import augment, log_mel
-from checkpoints.training.prompts import Heard, PromptRenderer, converse
+from checkpoints.training.prompts import Conversation, Heard, PromptRenderer, converse
 from checkpoints.training.sounds import SOUNDS, make_sound
 from checkpoints.training.vocabulary import arithmetic_answer
 
@@ -98,7 +98,9 @@ class Batch:
 
 
 @dataclass
-class _Row:
+class Row:
+    """One conversation, placeholders expanded: the clips in it, its ids, and which of them are learnt."""
+
     clips: list[int]
     ids: list[int]
     learnt: list[bool]
@@ -170,21 +172,10 @@ class BatchMaker:
         assert self.renderer is not None
         heard = groups[0].heard + groups[1].heard
         tokens = [g.num_tokens for g in groups for _ in g.heard]
-        expanded = []
-        for clips in rows:
-            ids, learnt = self.renderer.render(converse([heard[c] for c in clips], self._random))
-            row = _Row(clips, [], [])
-            remaining = iter(clips)
-            for token, learn in zip(ids, learnt, strict=True):
-                repeat = tokens[next(remaining)] if token == self.renderer.audio_id else 1
-                row.ids += [token] * repeat
-                row.learnt += [learn] * repeat
-            expanded.append(row)
-        expanded.sort(key=lambda row: len(row.ids))
-        cuts = [0, *(round(share * len(expanded)) for share in (0.45, 0.84)), len(expanded)]
-        chunks = [expanded[a:b] for a, b in pairwise(cuts) if b > a]
-        is_id = self.renderer.encode(" is")[0]
-        return Batch(groups, [pad_rows(chunk, self.renderer.audio_id) for chunk in chunks], is_id)
+        expanded = [
+            expand(self.renderer, converse([heard[c] for c in clips], self._random), clips, tokens) for clips in rows
+        ]
+        return Batch(groups, collate(expanded, self.renderer.audio_id), self.renderer.encode(" is")[0])
 
     def _draw_length(self, easy: float) -> int:
         kind = self._random.random()
@@ -251,7 +242,24 @@ class BatchMaker:
         return mel
 
 
-def pad_rows(rows: list[_Row], audio_id: int) -> Rows:
+def expand(renderer: PromptRenderer, conversation: Conversation, clips: list[int], tokens: list[int]) -> Row:
+    """A conversation about `clips` with as many placeholders for each as it has `tokens`."""
+    row, remaining = Row(clips, [], []), iter(clips)
+    for token, learn in zip(*renderer.render(conversation), strict=True):
+        repeat = tokens[next(remaining)] if token == renderer.audio_id else 1
+        row.ids += [token] * repeat
+        row.learnt += [learn] * repeat
+    return row
+
+
+def collate(rows: list[Row], audio_id: int) -> list[Rows]:
+    """Rows in three parts of about equal length each, so that little is padding."""
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    cuts = [0, *(round(share * len(rows)) for share in (0.45, 0.84)), len(rows)]
+    return [pad_rows(rows[a:b], audio_id) for a, b in pairwise(cuts) if b > a]
+
+
+def pad_rows(rows: list[Row], audio_id: int) -> Rows:
     """Rows as one tensor, padded on the right, where causal attention never looks."""
     token_ids = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.long)
     answers: list[tuple[int, int, int]] = []

@@ -29,7 +29,7 @@ class NetworkSizes:
     encoder_ffn: int = 768
     max_positions: int = 1500
     width: int = 256
-    layers: int = 3
+    layers: int = 5
     ffn: int = 640
     kv_heads: int = 2
     vocab_size: int = 1536

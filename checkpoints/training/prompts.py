@@ -152,16 +152,21 @@ def converse(clips: list[Heard], rng: random.Random) -> Conversation:
     return _chat(turns, rng)
 
 
+def ask_for_one_of(first: Heard, second: Heard, rng: random.Random) -> Conversation:
+    """Both clips in one message, and a question about one of them."""
+    wants_first = rng.random() < 0.5
+    asked = first if wants_first else second
+    if asked.sound and rng.random() < 0.8:
+        question, answer = _pick(FIRST_SOUND if wants_first else SECOND_SOUND, rng), asked.sound_answer()
+    else:
+        question, answer = _pick(FIRST if wants_first else SECOND, rng), asked.transcript()
+    return _chat([([_audio(), _audio(), _text(_casual(question, rng))], answer)], rng)
+
+
 def _about_two(first: Heard, second: Heard, rng: random.Random) -> Conversation:
     shape = rng.random()
-    if shape < 0.45:  # both in one message
-        wants_first = rng.random() < 0.5
-        asked = first if wants_first else second
-        if asked.sound and rng.random() < 0.8:
-            question, answer = _pick(FIRST_SOUND if wants_first else SECOND_SOUND, rng), asked.sound_answer()
-        else:
-            question, answer = _pick(FIRST if wants_first else SECOND, rng), asked.transcript()
-        return _chat([([_audio(), _audio(), _text(_casual(question, rng))], answer)], rng)
+    if shape < 0.45:
+        return ask_for_one_of(first, second, rng)
     question, answer = ask(first, rng)
     turns: list[tuple[Any, str]] = [(_with_audio(question, rng), answer)]
     if shape < 0.8:

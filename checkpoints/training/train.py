@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from torch import distributed, multiprocessing
 from torch.nn import functional as F
 
-from checkpoints.training.batches import Batch, BatchMaker, ClipGroup, ClipStore
+from checkpoints.training.batches import Batch, BatchMaker, ClipGroup, ClipStore, Rows
 from checkpoints.training.listen import score_quickly
 from checkpoints.training.network import Network, NetworkSizes
 from checkpoints.training.prompts import PromptRenderer
@@ -47,17 +48,25 @@ def joint_losses(network: Network, batch: Batch, drop: float) -> tuple[torch.Ten
         frames, pooled = network.audio_tower(group.mel, group.num_frames, drop)
         ctc = ctc + ctc_loss(network, group, frames) / len(batch.groups)
         clips += network.multi_modal_projector.linear(pooled).unbind(0)
+    return answer_loss(network, batch.parts, dict(enumerate(clips)), batch.is_id, drop), ctc
+
+
+def answer_loss(
+    network: Network, parts: list[Rows], clips: Mapping[int, torch.Tensor], is_id: int, drop: float
+) -> torch.Tensor:
+    """Cross entropy of the answers in `parts` about clips whose projected rows are `clips`, [A, C] each."""
     states, wanted, weights = [], [], []
-    for rows in batch.parts:
-        audio = torch.cat([clips[clip] for clip in rows.clips]) if rows.clips else clips[0][:0]  # [N, C]
+    nothing = torch.empty(0, network.sizes.width)
+    for rows in parts:
+        audio = torch.cat([nothing, *(clips[clip] for clip in rows.clips)])  # [N, C]
         x = network.embed(rows.token_ids, rows.is_audio, audio)
         states.append(network.language_model.model(x, (rows.answer_rows, rows.answer_columns), drop))
         wanted.append(rows.answer_ids)
-        follows_is = rows.token_ids[rows.answer_rows, rows.answer_columns] == batch.is_id
+        follows_is = rows.token_ids[rows.answer_rows, rows.answer_columns] == is_id
         weights.append(1 + VALUE_WEIGHT * follows_is)
-    losses = F.cross_entropy(network.logits(torch.cat(states)), torch.cat(wanted), reduction="none")
+    losses = F.cross_entropy(network.logits(torch.cat(states)).float(), torch.cat(wanted), reduction="none")
     weight = torch.cat(weights)
-    return (losses * weight).sum() / weight.sum(), ctc
+    return (losses * weight).sum() / weight.sum()
 
 
 class Peers:

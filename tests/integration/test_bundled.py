@@ -93,13 +93,11 @@ def test_two_audios_in_one_message_are_both_in_the_prompt(bundled_server: Server
     assert answer.usage.prompt_tokens_details.audio_tokens == sum(counts)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the bundled checkpoint has not learnt to choose between two clips: see its card"
-)
 def test_the_second_of_two_audios_is_told_apart(bundled_server: ServerProcess) -> None:
     six, digits = clip("digit_six.wav"), clip(DIGITS)
     assert ask(bundled_server, user(six, digits, text("What does the second audio say?"))) == "four two seven"
     assert ask(bundled_server, user(digits, six, text("What does the second audio say?"))) == "six"
+    assert ask(bundled_server, user(digits, six, text("What does the first audio say?"))) == "four two seven"
 
 
 def test_the_base_models_raw_prompt(bundled_server: ServerProcess) -> None:
