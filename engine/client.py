@@ -4,8 +4,8 @@
     InlineEngineClient    the same loop in a thread of this process: tests and offline use
 
 `generate` is an async generator: it submits on the first pull and aborts when it is closed early. Closing it is the
-only way to cancel, whatever the cause (client gone, stop string, timeout, shutdown). This module is torch-free:
-what needs torch is imported by the thread or process that runs it.
+only way to cancel a request, whatever the cause (client gone, stop string, timeout, shutdown); `end_choice` ends one
+of several choices. This module is torch-free: what needs torch is imported by the thread or process that runs it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import multiprocessing
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Protocol, Self
@@ -56,7 +57,14 @@ class EngineClient(Protocol):
         ...
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
-        """Run a request. Raises RequestError when it fails in the engine, EngineDeadError when the engine does."""
+        """Run a request until all its choices have ended.
+
+        Raises RequestError when it fails in the engine, EngineDeadError when the engine does.
+        """
+        ...
+
+    def end_choice(self, request_id: str, index: int) -> None:
+        """Stop one choice of a request in flight: no more outputs of it come. The others go on."""
         ...
 
     def check_health(self) -> None:
@@ -72,6 +80,15 @@ class EngineClient(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _InFlight:
+    """A request that `generate` waits for."""
+
+    unfinished: set[int]
+    """Choices that have not ended."""
+    outputs: asyncio.Queue[EngineOutput | EngineDeadError] = field(default_factory=asyncio.Queue)
+
+
 class _QueueClient:
     """What both implementations share: one queue for each request in flight, all touched on the event loop only."""
 
@@ -80,7 +97,7 @@ class _QueueClient:
         self._stats = EngineStats()
         self._send = send
         self._loop = asyncio.get_running_loop()
-        self._queues: dict[str, asyncio.Queue[EngineOutput | EngineDeadError]] = {}
+        self._in_flight: dict[str, _InFlight] = {}
         self._dead: asyncio.Future[str] = self._loop.create_future()
 
     @property
@@ -96,25 +113,33 @@ class _QueueClient:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """See EngineClient."""
         self.check_health()
-        if request.request_id in self._queues:
+        if request.request_id in self._in_flight:
             raise RequestError("the request id is in use")
-        outputs: asyncio.Queue[EngineOutput | EngineDeadError] = asyncio.Queue()
-        self._queues[request.request_id] = outputs
+        flight = self._in_flight[request.request_id] = _InFlight(set(range(request.n)))
         self._send(request)
-        finished = False
         try:
-            while not finished:
-                output = await outputs.get()
-                finished = isinstance(output, EngineDeadError) or output.finish_reason is not None
+            while flight.unfinished:
+                output = await flight.outputs.get()
                 if isinstance(output, EngineDeadError):
                     raise output
+                if output.index not in flight.unfinished:
+                    continue
+                if output.finish_reason is not None:
+                    flight.unfinished.remove(output.index)
                 if output.finish_reason is FinishReason.ERROR:
                     raise RequestError(output.error or "the request failed")
                 yield output
         finally:
-            del self._queues[request.request_id]
-            if not finished and not self._dead.done():
+            del self._in_flight[request.request_id]
+            if flight.unfinished and not self._dead.done():
                 self._send(AbortRequest(request.request_id))
+
+    def end_choice(self, request_id: str, index: int) -> None:
+        """See EngineClient."""
+        flight = self._in_flight.get(request_id)
+        if flight is not None and index in flight.unfinished:
+            flight.unfinished.remove(index)
+            self._send(AbortRequest(request_id, index))
 
     def check_health(self) -> None:
         """See EngineClient."""
@@ -130,8 +155,8 @@ class _QueueClient:
         if isinstance(message, StepOutputs):
             self._stats = message.stats
             for output in message.outputs:
-                if outputs := self._queues.get(output.request_id):
-                    outputs.put_nowait(output)
+                if flight := self._in_flight.get(output.request_id):
+                    flight.outputs.put_nowait(output)
         elif isinstance(message, EngineFailed):
             self._fail(message.reason)
 
@@ -139,8 +164,8 @@ class _QueueClient:
         """On the event loop: the engine serves no more."""
         if not self._dead.done():
             self._dead.set_result(reason)
-            for outputs in self._queues.values():
-                outputs.put_nowait(EngineDeadError(reason))
+            for flight in self._in_flight.values():
+                flight.outputs.put_nowait(EngineDeadError(reason))
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         """From a thread: run on the event loop, unless that is already closed."""

@@ -25,10 +25,11 @@ from engine.messages import (
     EngineStats,
     FinishReason,
     SamplingParams,
+    SequenceId,
 )
 from engine.model_runner import ModelRunner, StepResult
 from engine.scheduler import SampledToken, Scheduler, SchedulerOutput
-from engine.sequence import Sequence
+from engine.sequence import Sequence, choice_seed
 from model.attention import select_backend
 from model.config import MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES, Qwen2AudioConfig, num_audio_tokens
 from model.errors import ModelError
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
 """Steps in a row in which nothing at all could be computed: then the device is to blame, not a request."""
+MAX_CHOICES = 128
+"""Of one request, as OpenAI has it."""
 
 
 class EngineCore:
@@ -74,24 +77,26 @@ class EngineCore:
         return self.scheduler.stats
 
     def add_request(self, request: EngineRequest) -> None:
-        """Queue a request. Raises RequestError when it could never run."""
+        """Queue a request, all its choices. Raises RequestError when it could never run."""
         self._check(request)
-        seed = request.sampling.seed
-        self.scheduler.add(Sequence(request, self._seeds.getrandbits(63) if seed is None else seed))
+        given = request.sampling.seed
+        seed = self._seeds.getrandbits(63) if given is None else given
+        for index in range(request.n):
+            self.scheduler.add(Sequence(request, choice_seed(seed, index), index))
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request. Fine when it has just ended."""
-        self.scheduler.abort(request_id)
-        self.runner.release(request_id)
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Forget a request, or one of its choices. Fine when it has just ended."""
+        for sequence_id in self.scheduler.abort(request_id, index):
+            self.runner.release(sequence_id)
 
     def step(self) -> list[EngineOutput]:
-        """Compute one step. -> what it gave, one output at most for each request."""
+        """Compute one step. -> what it gave, one output at most for each choice."""
         plan = self.scheduler.schedule()
         result = self._execute(plan)
         outputs = self.scheduler.update(plan, result.sampled, result.failed_clips)
         for output in outputs:
             if output.finish_reason is not None:
-                self.runner.release(output.request_id)
+                self.runner.release(output.sequence_id)
         return outputs
 
     def _execute(self, plan: SchedulerOutput) -> StepResult:
@@ -109,7 +114,7 @@ class EngineCore:
 
     def _execute_one_by_one(self, plan: SchedulerOutput) -> StepResult:
         """Computing a token again writes what it wrote before, so nothing has to be undone first."""
-        sampled: dict[str, SampledToken] = {}
+        sampled: dict[SequenceId, SampledToken] = {}
         failed_clips: set[str] = set()
         for item in plan.scheduled:
             hashes = {
@@ -120,7 +125,7 @@ class EngineCore:
                 result = self.runner.execute(SchedulerOutput((item,), clips, plan.evicted_clips))
             except Exception:
                 logger.exception("one sequence fails alone")
-                sampled[item.sequence.request_id] = SampledToken(0, error="the request failed inside the engine")
+                sampled[item.sequence.sequence_id] = SampledToken(0, error="the request failed inside the engine")
                 continue
             self._num_failed_steps = 0
             sampled |= result.sampled
@@ -144,6 +149,8 @@ class EngineCore:
         if not all(0 <= token < self.info.vocab_size for token in request.prompt_token_ids):
             raise RequestError("the prompt holds a token id outside the vocabulary")
         _check_sampling(request.sampling, self.info.vocab_size)
+        if not 1 <= request.n <= MAX_CHOICES:
+            raise RequestError(f"n must be 1 to {MAX_CHOICES}")
         if self.scheduler.knows(request.request_id):
             raise RequestError("the request id is in use")
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from engine.messages import AudioClip
+from engine.messages import AudioClip, SequenceId
 
 
 @dataclass(slots=True)
 class _Entry:
     num_tokens: int
-    holders: set[str] = field(default_factory=set)
-    """Request ids."""
+    holders: set[SequenceId] = field(default_factory=set)
 
 
 class EncoderCache:
@@ -34,7 +33,7 @@ class EncoderCache:
         return clip.content_hash in self._entries
 
     def is_held(self, clip: AudioClip) -> bool:
-        """Whether some request needs the clip now."""
+        """Whether some sequence needs the clip now."""
         entry = self._entries.get(clip.content_hash)
         return entry is not None and bool(entry.holders)
 
@@ -54,15 +53,15 @@ class EncoderCache:
             self.drop(content_hash)
         self._entries[clip.content_hash] = _Entry(clip.num_tokens)
 
-    def hold(self, clip: AudioClip, request_id: str) -> None:
-        """Keep the clip for a request, and mark it as used."""
-        self._entries[clip.content_hash].holders.add(request_id)
+    def hold(self, clip: AudioClip, holder: SequenceId) -> None:
+        """Keep the clip for a sequence, and mark it as used."""
+        self._entries[clip.content_hash].holders.add(holder)
         self._entries.move_to_end(clip.content_hash)
 
-    def release(self, clip: AudioClip, request_id: str) -> None:
-        """The request no longer needs the clip. No error if it did not hold it."""
+    def release(self, clip: AudioClip, holder: SequenceId) -> None:
+        """The sequence no longer needs the clip. No error if it did not hold it."""
         if entry := self._entries.get(clip.content_hash):
-            entry.holders.discard(request_id)
+            entry.holders.discard(holder)
 
     def drop(self, content_hash: str) -> None:
         """Forget an entry; the runner is told by the next `take_evicted`."""
@@ -75,8 +74,8 @@ class EncoderCache:
         self._evicted.clear()
         return gone
 
-    def check_integrity(self, running: set[str]) -> None:
-        """Only running requests hold clips, and the budget is kept. Raises AssertionError."""
+    def check_integrity(self, running: set[SequenceId]) -> None:
+        """Only running sequences hold clips, and the budget is kept. Raises AssertionError."""
         for entry in self._entries.values():
-            assert entry.holders <= running, "a request that does not run holds a clip"
+            assert entry.holders <= running, "a sequence that does not run holds a clip"
         assert sum(entry.num_tokens for entry in self._entries.values()) <= self.capacity

@@ -27,7 +27,7 @@ def run_loop(core: EngineCore, inbox: Inbox, emit: Emit) -> None:
             if isinstance(message, Shutdown):
                 return
             if isinstance(message, AbortRequest):
-                core.abort(message.request_id)
+                core.abort(message.request_id, message.index)
             else:
                 refused += _add(core, message)
         outputs = refused + (core.step() if core.has_work else [])

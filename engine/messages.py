@@ -73,6 +73,14 @@ class EngineRequest:
     sampling: SamplingParams
     clips: tuple[AudioClip, ...] = ()
     """In order of offset, not overlapping."""
+    n: int = 1
+    """Choices: answers to the one prompt, each with a seed of its own. Choice 0 is what n=1 gives."""
+    priority: int = 0
+    """Lower goes first; equals in order of arrival."""
+
+
+SequenceId = tuple[str, int]
+"""A request's id and the index of one of its choices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """What one step gave one request. The last one of a request has a finish_reason."""
+    """What one step gave one choice of a request. The last one of a choice has a finish_reason."""
 
     request_id: str
     new_token_ids: tuple[int, ...] = ()
@@ -99,13 +107,22 @@ class EngineOutput:
     """Prompt tokens that were not computed again."""
     error: str | None = None
     """With FinishReason.ERROR: what went wrong, safe to show."""
+    index: int = 0
+    """Which of the request's choices."""
+
+    @property
+    def sequence_id(self) -> SequenceId:
+        """Whose output it is."""
+        return self.request_id, self.index
 
 
 @dataclass(frozen=True, slots=True)
 class AbortRequest:
-    """Forget a request; nothing more is sent for it."""
+    """Forget a request, or one of its choices; nothing more is sent for it."""
 
     request_id: str
+    index: int | None = None
+    """None: all choices."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.input_batch import InputBatch, build_input_batch
-from engine.messages import AudioClip
+from engine.messages import AudioClip, SequenceId
 from engine.sampler import Sampler
 from engine.scheduler import SampledToken, SchedulerOutput
 from engine.sequence import Sequence
 from model.attention import AttentionMetadata
-from model.kv_cache import allocate_kv_cache
+from model.kv_cache import allocate_kv_cache, copy_blocks
 from model.qwen2_audio import Qwen2Audio
 
 logger = logging.getLogger(__name__)
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 class StepResult:
     """What a plan gave."""
 
-    sampled: dict[str, SampledToken]
-    """By request id, for every sequence of the plan that samples."""
+    sampled: dict[SequenceId, SampledToken]
+    """For every sequence of the plan that samples."""
     failed_clips: frozenset[str] = frozenset()
     """Content hashes of clips that could not be encoded."""
 
 
 class ModelRunner:
-    """`execute` plans; `release` what an ended request leaves behind."""
+    """`execute` plans; `release` what an ended sequence leaves behind."""
 
     def __init__(self, model: Qwen2Audio, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
         self.model = model
@@ -54,13 +54,14 @@ class ModelRunner:
         failed = self._encode(plan.clips_to_encode)
         if not plan.scheduled:
             return StepResult({}, failed)
+        copy_blocks(self.kv_cache, [item.block_copy for item in plan.scheduled if item.block_copy])
         hidden = self._forward(build_input_batch(plan, self.block_size))
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         return StepResult(self._sample(hidden, sampling), failed)
 
-    def release(self, request_id: str) -> None:
-        """Forget an ended request. Fine for one never seen."""
-        self.sampler.penalties.release(request_id)
+    def release(self, sequence_id: SequenceId) -> None:
+        """Forget an ended sequence. Fine for one never seen."""
+        self.sampler.penalties.release(sequence_id)
 
     def _forward(self, batch: InputBatch) -> Tensor:
         """-> normalised hidden states of the rows that sample, [B, C]."""
@@ -80,7 +81,7 @@ class ModelRunner:
         hidden = self.model(hidden, self._to_device(batch.positions), self.kv_cache, metadata)
         return hidden[self._to_device(batch.sample_rows)]
 
-    def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> dict[str, SampledToken]:
+    def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> dict[SequenceId, SampledToken]:
         if not sequences:
             return {}
         return self.sampler.sample(self.model.compute_logits(hidden), sequences)

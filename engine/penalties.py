@@ -1,7 +1,8 @@
 """Which tokens a sequence has seen, on the device: what the penalties and the repetition penalty look at.
 
-A sequence that asks for a penalty gets a row when it first samples and keeps it until it ends; a preemption does
-not disturb it. Rows are counts over the vocabulary, so the tables exist only once somebody asks for a penalty.
+A sequence that asks for a penalty gets a row when it first samples and keeps it until it ends, or, while it does not
+run, until another needs the row: it can be made again from the tokens. Rows are counts over the vocabulary, so the
+tables exist only once somebody asks for a penalty.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.sequence import Sequence
+from engine.messages import SequenceId
+from engine.sequence import Sequence, SequenceStatus
 
 
 class PenaltyTable:
-    """See the module's docstring. At most `max_num_seqs` rows are in use at once."""
+    """See the module's docstring. At most `max_num_seqs` sequences run at once."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self._shape = (max_num_seqs, vocab_size)
@@ -22,7 +24,8 @@ class PenaltyTable:
         """bool [R, V]"""
         self._output_counts: Tensor | None = None
         """int32 [R, V]"""
-        self._row_of: dict[str, int] = {}
+        self._row_of: dict[SequenceId, int] = {}
+        self._owners: dict[SequenceId, Sequence] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
     def rows(self, sequences: list[Sequence]) -> Tensor:
@@ -44,19 +47,26 @@ class PenaltyTable:
         assert self._output_counts is not None
         self._output_counts[rows, token_ids] += 1
 
-    def release(self, request_id: str) -> None:
-        """Give the row of an ended request back, if it had one."""
-        if (row := self._row_of.pop(request_id, None)) is not None:
-            self._free.append(row)
+    def release(self, sequence_id: SequenceId) -> None:
+        """Give the row of an ended sequence back, if it had one."""
+        if self._owners.pop(sequence_id, None) is not None:
+            self._free.append(self._row_of.pop(sequence_id))
 
     def _row(self, sequence: Sequence) -> int:
-        if sequence.request_id in self._row_of:
-            return self._row_of[sequence.request_id]
+        if sequence.sequence_id in self._row_of:
+            return self._row_of[sequence.sequence_id]
         if self._in_prompt is None or self._output_counts is None:
             self._in_prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
             self._output_counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
-        row = self._row_of[sequence.request_id] = self._free.pop()
+        if not self._free:
+            idle = (owner for owner in self._owners.values() if owner.status is not SequenceStatus.RUNNING)
+            self.release(next(idle).sequence_id)
+        row = self._row_of[sequence.sequence_id] = self._free.pop()
+        self._owners[sequence.sequence_id] = sequence
         prompt = torch.tensor(sequence.request.prompt_token_ids, device=self._device)
         self._in_prompt[row].fill_(False)[prompt] = True
-        self._output_counts[row].zero_()
+        output = torch.tensor(
+            sequence.token_ids[sequence.num_prompt_tokens :], dtype=torch.int64, device=self._device
+        )
+        self._output_counts[row] = torch.bincount(output, minlength=self._shape[1])
         return row

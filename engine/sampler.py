@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.messages import SamplingParams, TokenLogprobs
+from engine.messages import SamplingParams, SequenceId, TokenLogprobs
 from engine.noise import gumbel
 from engine.penalties import PenaltyTable
 from engine.scheduler import SampledToken
@@ -49,8 +49,8 @@ class Sampler:
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self.penalties = PenaltyTable(max_num_seqs, vocab_size, device)
 
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> dict[str, SampledToken]:
-        """One token for each sequence. logits: float32 [B, V], overwritten. -> by request id."""
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> dict[SequenceId, SampledToken]:
+        """One token for each sequence. logits: float32 [B, V], overwritten."""
         broken = logits.isnan().any(-1)
         raw = _raw_logprobs(logits, sequences)
         _apply_bias(logits, sequences)
@@ -161,14 +161,14 @@ def _raw_logprobs(logits: Tensor, sequences: list[Sequence]) -> dict[int, Tensor
 
 def _collect(
     sequences: list[Sequence], token_ids: Tensor, broken: Tensor, raw: dict[int, Tensor]
-) -> dict[str, SampledToken]:
+) -> dict[SequenceId, SampledToken]:
     """Copy to the host."""
     ids, is_broken = torch.stack((token_ids, broken.long())).tolist()
     sampled = {}
     for row, sequence in enumerate(sequences):
         logprobs = _token_logprobs(raw[row], ids[row], sequence.sampling.logprobs or 0) if row in raw else None
         error = NOT_A_NUMBER if is_broken[row] else None
-        sampled[sequence.request_id] = SampledToken(ids[row], logprobs, error)
+        sampled[sequence.sequence_id] = SampledToken(ids[row], logprobs, error)
     return sampled
 
 

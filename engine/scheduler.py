@@ -1,24 +1,29 @@
 """Continuous batching: what each step computes. Torch-free; the only owner of a sequence's status and counters.
 
 Every step has one budget of tokens. Running sequences that lack one token (decoding) are served first, then
-running sequences that lack more (a prompt in chunks), then waiting ones in order of arrival. There are no phases;
-chunks of prompts and decodes share a step. Rules that keep it sound:
+running sequences that lack more (a prompt in chunks), then waiting ones in order of rank: priority, arrival, choice.
+There are no phases; chunks of prompts and decodes share a step. Rules that keep it sound:
 
 - A sequence is admitted only when blocks for all its tokens are free, and gets them at once.
-- When a running sequence cannot grow, the youngest is preempted: its blocks go back, it waits first in line, and
-  is recomputed later. The oldest therefore always advances.
+- When a running sequence cannot grow, the last in rank is preempted: its blocks go back, it waits in its old place,
+  and is recomputed later. The first in rank therefore always advances.
 - A chunk ends before a clip whose embeddings cannot be had in this step. New clips are encoded under a budget of
   mel frames a step; they are kept while a sequence needs them (see encoder_cache).
+- A request with n choices is n sequences with one prompt. The first computes it, the others wait meanwhile, and
+  `_fork` lets each begin where the prompt ends: it shares the prompt's full blocks and gets a copy of the last one,
+  so that nobody writes to what another reads. A fork has no output, hence no state but the prompt's: whoever keeps
+  something for each sequence begins anew with it. When the last that has the prompt ends, one choice that waits
+  keeps its full blocks; they are taken back before anybody is preempted.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
 
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
-from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, TokenLogprobs
+from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId, TokenLogprobs
 from engine.sequence import Sequence, SequenceStatus
 from model.config import num_mel_frames
 
@@ -35,6 +40,8 @@ class ScheduledSequence:
     num_tokens: int
     samples: bool
     """Whether the step reaches the last token, so that a new one is sampled."""
+    block_copy: tuple[int, int] | None = None
+    """From block, to block, in all layers, before the step writes: the copied one is this sequence's to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,7 @@ class _Step:
 
     tokens_left: int
     frames_left: int
-    scheduled: dict[str, ScheduledSequence] = field(default_factory=dict)
+    scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
     clips: list[AudioClip] = field(default_factory=list)
 
 
@@ -87,10 +94,12 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_encoder_frames = max_encoder_frames
         self.max_model_len = max_model_len
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        """In order of admission."""
-        self._sequences: dict[str, Sequence] = {}
+        """Both in order of rank."""
+        self._choices: dict[str, list[Sequence]] = {}
+        """By request id: the choices that have not ended."""
+        self._num_arrivals = 0
         self._num_preemptions = 0
         self._num_steps = 0
 
@@ -111,19 +120,30 @@ class Scheduler:
         )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Its request id must not be in use."""
-        assert sequence.request_id not in self._sequences, "request ids are unique"
-        self._sequences[sequence.request_id] = sequence
-        self.waiting.append(sequence)
+        """Queue a new sequence. A request's choices come one right after the other; its id must not be in use."""
+        choices = self._choices.setdefault(sequence.request_id, [])
+        assert all(choice.request is sequence.request for choice in choices), "request ids are unique"
+        assert all(choice.index < sequence.index for choice in choices), "choices come in order"
+        if not choices:
+            self._num_arrivals += 1
+        sequence.arrival = self._num_arrivals
+        choices.append(sequence)
+        insort(self.waiting, sequence, key=_rank)
 
     def knows(self, request_id: str) -> bool:
         """Whether a request of this id is waiting or running."""
-        return request_id in self._sequences
+        return request_id in self._choices
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request between two steps. Unknown ids are fine: it may just have ended."""
-        if sequence := self._sequences.get(request_id):
+    def abort(self, request_id: str, index: int | None = None) -> list[SequenceId]:
+        """Forget a request, or one of its choices, between two steps. -> what was forgotten.
+
+        Unknown ids are fine: it may just have ended.
+        """
+        choices = self._choices.get(request_id, [])
+        ended = [choice for choice in reversed(choices) if index is None or choice.index == index]
+        for sequence in ended:
             self._finish(sequence)
+        return [sequence.sequence_id for sequence in ended]
 
     def schedule(self) -> SchedulerOutput:
         """Plan one step."""
@@ -133,8 +153,7 @@ class Scheduler:
         for sequence in decoding + prefilling:
             if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
                 self._schedule_running(sequence, step)
-        while self.waiting and self._admit(self.waiting[0], step):
-            pass
+        self._admit_waiting(step)
         self._num_steps += 1
         return SchedulerOutput(
             scheduled=tuple(sorted(step.scheduled.values(), key=lambda item: item.num_tokens > 1)),
@@ -143,7 +162,10 @@ class Scheduler:
         )
 
     def update(
-        self, plan: SchedulerOutput, sampled: dict[str, SampledToken], failed_clips: frozenset[str] = frozenset()
+        self,
+        plan: SchedulerOutput,
+        sampled: dict[SequenceId, SampledToken],
+        failed_clips: frozenset[str] = frozenset(),
     ) -> list[EngineOutput]:
         """Take the step's results in. `sampled` holds one token for each sequence of the plan that samples."""
         outputs = []
@@ -157,7 +179,7 @@ class Scheduler:
                 continue
             sequence.num_computed_tokens += item.num_tokens
             self._release_clips(sequence, before=sequence.num_computed_tokens)
-            token = sampled.get(sequence.request_id)
+            token = sampled.get(sequence.sequence_id)
             if token is not None:
                 outputs.append(self._fail(sequence, token.error) if token.error else self._append(sequence, token))
         for content_hash in failed_clips:
@@ -166,17 +188,21 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Nothing is lost or held twice. Raises AssertionError."""
-        self.blocks.check_integrity(self.running)
-        self.encoder_cache.check_integrity({sequence.request_id for sequence in self.running})
-        assert set(self._sequences.values()) == {*self.running, *self.waiting}
-        assert len(self._sequences) == len(self.running) + len(self.waiting)
-        assert all(not sequence.block_table for sequence in self.waiting)
+        line = [*self.running, *self.waiting]
+        self.blocks.check_integrity(line)
+        self.encoder_cache.check_integrity({sequence.sequence_id for sequence in self.running})
+        assert {choice for choices in self._choices.values() for choice in choices} == set(line)
+        assert sum(map(len, self._choices.values())) == len(line)
+        assert all(self._choices.values()), "an ended request is remembered"
+        for request_id in {sequence.request_id for sequence in self.waiting if sequence.block_table}:
+            choices = self._choices[request_id]
+            assert sum(bool(choice.block_table) for choice in choices if choice in self.waiting) == 1
 
     def _schedule_running(self, sequence: Sequence, step: _Step) -> None:
         num_tokens = self._fit_chunk(sequence, step)
         if num_tokens == 0:
             return
-        while not self.blocks.can_allocate(sequence, sequence.num_tokens):
+        while not self._make_room(sequence):
             victim = self.running[-1]
             self._preempt(victim, step)
             if victim is sequence:
@@ -184,23 +210,74 @@ class Scheduler:
         self.blocks.allocate(sequence, sequence.num_tokens)
         self._plan(sequence, num_tokens, step)
 
-    def _admit(self, sequence: Sequence, step: _Step) -> bool:
-        """Start the first waiting sequence if it fits. -> whether it did."""
-        if len(self.running) >= self.max_num_seqs:
-            return False
-        if not self.blocks.can_allocate(sequence, sequence.num_tokens):
-            return False
+    def _admit_waiting(self, step: _Step) -> None:
+        """Start waiting sequences until one does not fit, past those whose prompt another is computing."""
+        computing: str | None = None
+        for sequence in self.waiting.copy():
+            if len(self.running) >= self.max_num_seqs:
+                return
+            if sequence.request_id == computing:
+                continue
+            donor = None
+            if not sequence.block_table:  # else it has kept the prompt's blocks
+                running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
+                donor = next(filter(_has_prompt, running), None)
+                if running and donor is None:
+                    computing = sequence.request_id
+                    continue
+            if not self._admit(sequence, donor, step):
+                return
+
+    def _admit(self, sequence: Sequence, donor: Sequence | None, step: _Step) -> bool:
+        """Start a waiting sequence if it fits. -> whether it did."""
+        copied = self._fork(donor, sequence) if donor else None
         num_tokens = self._fit_chunk(sequence, step)
-        if num_tokens == 0:
+        if num_tokens == 0 or not self._make_room(sequence):
+            if donor:
+                self._reset(sequence)
             return False
-        self.waiting.popleft()
-        self.running.append(sequence)
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_rank)
         sequence.status = SequenceStatus.RUNNING
+        num_shared = len(sequence.block_table)
         self.blocks.allocate(
             sequence, sequence.num_tokens, spare_tokens=min(sequence.sampling.max_tokens, MAX_SPARE)
         )
-        self._plan(sequence, num_tokens, step)
+        block_copy = None if copied is None else (copied, sequence.block_table[num_shared])
+        self._plan(sequence, num_tokens, step, block_copy)
         return True
+
+    def _fork(self, donor: Sequence, sequence: Sequence) -> int | None:
+        """Let a choice begin at the prompt's last token; that one it computes itself, to sample its first from it.
+
+        -> the donor's block to copy, if the prompt does not end with a full one.
+        """
+        num_computed = sequence.num_prompt_tokens - 1
+        num_full, rest = divmod(num_computed, self.blocks.block_size)
+        self.blocks.share(donor, sequence, num_full)
+        sequence.num_computed_tokens = num_computed
+        return donor.block_table[num_full] if rest else None
+
+    def _bequeath(self, sequence: Sequence) -> None:
+        """Before `sequence` ends: if it is the last that has the prompt, the next choice keeps the full blocks."""
+        num_full = (sequence.num_prompt_tokens - 1) // self.blocks.block_size
+        choices = self._choices[sequence.request_id]
+        others = [choice for choice in choices if choice is not sequence]
+        has_prompt = sequence.num_computed_tokens >= num_full * self.blocks.block_size > 0
+        if others and has_prompt and not any(choice.block_table for choice in others):
+            heir = others[0]
+            self.blocks.share(sequence, heir, num_full)
+            heir.num_computed_tokens = num_full * self.blocks.block_size
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Take kept prompts back until `sequence` can hold all its tokens. -> whether it can."""
+        if not self.blocks.can_allocate(sequence, sequence.num_tokens):
+            for keeper in reversed(self.waiting):
+                if keeper.block_table and keeper is not sequence:
+                    self._reset(keeper)
+                    if self.blocks.can_allocate(sequence, sequence.num_tokens):
+                        break
+        return self.blocks.can_allocate(sequence, sequence.num_tokens)
 
     def _fit_chunk(self, sequence: Sequence, step: _Step) -> int:
         """How many tokens fit the budgets of tokens and of mel frames. May be 0."""
@@ -218,7 +295,9 @@ class Scheduler:
                 return max(0, clip.offset - start)
         return stop - start
 
-    def _plan(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
+    def _plan(
+        self, sequence: Sequence, num_tokens: int, step: _Step, block_copy: tuple[int, int] | None = None
+    ) -> None:
         start = sequence.num_computed_tokens
         clips = sequence.clips_within(start, start + num_tokens)
         for clip in sorted(clips, key=self.encoder_cache.has, reverse=True):  # hold before adding evicts
@@ -226,22 +305,27 @@ class Scheduler:
                 self.encoder_cache.add(clip)
                 step.clips.append(clip)
                 step.frames_left -= num_mel_frames(len(clip.samples))
-            self.encoder_cache.hold(clip, sequence.request_id)
+            self.encoder_cache.hold(clip, sequence.sequence_id)
         step.tokens_left -= num_tokens
         samples = num_tokens == sequence.num_missing_tokens
-        step.scheduled[sequence.request_id] = ScheduledSequence(sequence, start, num_tokens, samples)
+        item = ScheduledSequence(sequence, start, num_tokens, samples, block_copy)
+        step.scheduled[sequence.sequence_id] = item
 
     def _preempt(self, sequence: Sequence, step: _Step) -> None:
-        """Send a running sequence back to the head of the queue; it will be computed again."""
-        if item := step.scheduled.pop(sequence.request_id, None):
+        """Send a running sequence back to its place in the queue; it will be computed again."""
+        if item := step.scheduled.pop(sequence.sequence_id, None):
             step.tokens_left += item.num_tokens
         self.running.remove(sequence)
+        self._reset(sequence)
+        sequence.status = SequenceStatus.WAITING
+        insort(self.waiting, sequence, key=_rank)
+        self._num_preemptions += 1
+
+    def _reset(self, sequence: Sequence) -> None:
+        """Nothing of it is computed any more."""
         self.blocks.free(sequence)
         self._release_clips(sequence)
         sequence.num_computed_tokens = 0
-        sequence.status = SequenceStatus.WAITING
-        self.waiting.appendleft(sequence)
-        self._num_preemptions += 1
 
     def _append(self, sequence: Sequence, token: SampledToken) -> EngineOutput:
         sequence.token_ids.append(token.token_id)
@@ -257,18 +341,22 @@ class Scheduler:
             logprobs=(token.logprobs,) if token.logprobs else (),
             finish_reason=reason,
             stop_token_id=token.token_id if stopped else None,
+            index=sequence.index,
         )
 
     def _fail(self, sequence: Sequence, error: str) -> EngineOutput:
         self._finish(sequence)
-        return EngineOutput(sequence.request_id, finish_reason=FinishReason.ERROR, error=error)
+        return EngineOutput(sequence.request_id, finish_reason=FinishReason.ERROR, error=error, index=sequence.index)
 
     def _finish(self, sequence: Sequence) -> None:
-        (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
-        self.blocks.free(sequence)
-        self._release_clips(sequence)
+        (self.running if _runs(sequence) else self.waiting).remove(sequence)
+        self._bequeath(sequence)
+        self._reset(sequence)
         sequence.status = SequenceStatus.FINISHED
-        del self._sequences[sequence.request_id]
+        choices = self._choices[sequence.request_id]
+        choices.remove(sequence)
+        if not choices:
+            del self._choices[sequence.request_id]
 
     def _release_clips(self, sequence: Sequence, before: int | None = None) -> None:
         """Let go of the clips that end at or before position `before`; of all of them when None."""
@@ -279,4 +367,17 @@ class Scheduler:
         for clip in clips:
             ended = before is None or clip.offset + clip.num_tokens <= before
             if ended and clip.content_hash not in inside:  # the same audio may come twice in one prompt
-                self.encoder_cache.release(clip, sequence.request_id)
+                self.encoder_cache.release(clip, sequence.sequence_id)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
+
+
+def _runs(sequence: Sequence) -> bool:
+    return sequence.status is SequenceStatus.RUNNING
+
+
+def _has_prompt(sequence: Sequence) -> bool:
+    """Whether another choice could begin with what it has computed: all but the prompt's last token."""
+    return sequence.num_computed_tokens >= sequence.num_prompt_tokens - 1

@@ -1,8 +1,9 @@
-"""A request inside the engine: the scheduler's mutable state. Torch-free.
+"""One choice of a request inside the engine: the scheduler's mutable state. Torch-free.
 
 Only the scheduler changes a sequence, and only the block manager its `block_table`; everybody else reads. There is
 no phase: a sequence has tokens, and `num_computed_tokens` of them are in the cache. A step computes some of the
-rest; when none is left but the newest, that is what others call decoding.
+rest; when none is left but the newest, that is what others call decoding. The choices of a request are sequences of
+their own with the same prompt; where they share blocks of the cache is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from engine.messages import AudioClip, EngineRequest, SamplingParams
+from engine.messages import AudioClip, EngineRequest, SamplingParams, SequenceId
 
 
 class SequenceStatus(Enum):
@@ -27,7 +28,11 @@ class Sequence:
 
     request: EngineRequest
     seed: int
-    """The request's own, or one given at admission: part of the sequence, so a recompute samples the same."""
+    """This choice's (see `choice_seed`): part of the sequence, so a recompute samples the same."""
+    index: int = 0
+    """Which of the request's choices."""
+    arrival: int = 0
+    """Number of its request in order of arrival, given by the scheduler."""
     token_ids: list[int] = field(init=False)
     """Prompt, then output."""
     num_computed_tokens: int = 0
@@ -39,8 +44,18 @@ class Sequence:
 
     @property
     def request_id(self) -> str:
-        """The caller's name for it."""
+        """The caller's name for its request."""
         return self.request.request_id
+
+    @property
+    def sequence_id(self) -> SequenceId:
+        """Unique among all sequences in the engine: the key of whatever is kept for each of them."""
+        return self.request.request_id, self.index
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Place in line, the least first: by priority, then arrival, then choice."""
+        return self.request.priority, self.arrival, self.index
 
     @property
     def sampling(self) -> SamplingParams:
@@ -70,3 +85,17 @@ class Sequence:
     def clips_within(self, start: int, stop: int) -> list[AudioClip]:
         """Clips with a placeholder in positions [start, stop), in order."""
         return [clip for clip in self.request.clips if clip.offset < stop and start < clip.offset + clip.num_tokens]
+
+
+_MASK = (1 << 64) - 1
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of a request's choice: its own for choice 0, else a hash of both (SplitMix64). -> int64."""
+    if index == 0:
+        return seed
+    bits = (seed + index * 0x9E3779B97F4A7C15) & _MASK
+    bits = ((bits ^ bits >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    bits = ((bits ^ bits >> 27) * 0x94D049BB133111EB) & _MASK
+    bits ^= bits >> 31
+    return bits - (1 << 64) if bits >= 1 << 63 else bits

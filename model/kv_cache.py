@@ -1,6 +1,8 @@
-"""The paged KV cache's tensor: its shape and its size in bytes. Who owns which block is the engine's business."""
+"""The paged KV cache's tensor: its shape, its size, copies of blocks. Who owns a block is the engine's business."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,3 +27,10 @@ def allocate_kv_cache(
     kv_cache = torch.empty(shape, dtype=dtype, device=device)
     kv_cache[:, :, 0].zero_()
     return kv_cache
+
+
+def copy_blocks(kv_cache: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks, (from, to) each, in all layers: all are read before any is written. Targets differ."""
+    if pairs:
+        sources, targets = torch.tensor(pairs, device=kv_cache.device).T
+        kv_cache[:, :, targets] = kv_cache[:, :, sources]

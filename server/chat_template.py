@@ -85,12 +85,21 @@ class ChatTemplate:
                 return cls(source, constants)
         return cls(DEFAULT_TEMPLATE, constants)
 
-    def render(self, turns: Sequence[Turn]) -> list[Span]:
-        """The prompt's text up to where the answer begins. Raises TemplateError when the template refuses."""
+    def render(
+        self, turns: Sequence[Turn], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> list[Span]:
+        """The prompt's text up to where the answer begins: inside the final message where that is continued.
+
+        Raises TemplateError when the template refuses.
+        """
         marks = _Marks()
         messages = [{"role": turn.role, "content": _content(turn.content, marks)} for turn in turns]
-        text = self._template.render(messages=messages, add_generation_prompt=True, **self._constants)
-        return marks.split(text)
+        text = self._template.render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            **self._constants,
+        )
+        return marks.split(marks.cut(text, _last_text(turns[-1])) if continue_final_message else text)
 
 
 class _Marks:
@@ -106,6 +115,16 @@ class _Marks:
             return text
         start = text.index(core)
         return f"{text[:start]}{self._open}{core}{self._close}{text[start + len(core) :]}"
+
+    def cut(self, text: str, final: str) -> str:
+        """Drop what follows the final message's text, but for white space at its own end that the template kept."""
+        end = text.rfind(self._close)
+        core = final.strip()
+        if not core or end < 0 or not text[:end].endswith(core):
+            raise TemplateError("the final message cannot be continued: it has no text, or the template changes it")
+        end += len(self._close)
+        tail = final[len(final.rstrip()) :]
+        return text[: end + len(tail)] if text.startswith(tail, end) else text[:end]
 
     def split(self, text: str) -> list[Span]:
         """Cut at the marks. What a template did to unbalance them makes less trusted, never more."""
@@ -125,6 +144,11 @@ def _content(content: str | tuple[str | None, ...], marks: _Marks) -> str | list
         {"type": "audio", "audio_url": "audio"} if part is AUDIO else {"type": "text", "text": marks.wrap(part)}
         for part in content
     ]
+
+
+def _last_text(turn: Turn) -> str:
+    """The text at the end of a turn; empty when it ends with a clip."""
+    return turn.content if isinstance(turn.content, str) else turn.content[-1] or ""
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

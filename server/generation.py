@@ -1,12 +1,14 @@
 """From an engine's tokens to the text of an answer: deltas, finish reason, log-probabilities, usage.
 
 Shared by every endpoint, streaming or not. Closing the iterator of deltas (or cancelling who awaits it) closes
-the engine's, which aborts the request: the only way to stop one. Knows nothing of HTTP or of answers' shapes.
+the engine's, which aborts the request: the only way to stop one. A choice that a stop string ends is ended alone
+while others go on. Knows nothing of HTTP or of answers' shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,7 @@ from server.detokenizer import IncrementalDetokenizer
 
 @dataclass(slots=True)
 class Usage:
-    """Counts of one request, as they stand."""
+    """Counts of one request, as they stand: its prompts once each, its answers summed."""
 
     prompt_tokens: int
     audio_tokens: int = 0
@@ -39,7 +41,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What the answer grew by. The last delta, and only it, has a finish reason."""
+    """What a choice grew by. The last delta of a choice, and only it, has a finish reason."""
 
     text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -47,70 +49,142 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or token id of the request's own that ended the answer."""
+    index: int = 0
+    """Of the choice."""
+    token_ids: tuple[int, ...] = ()
+    """Tokens since the last delta, the one that ended the answer included."""
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice in the making: what its next delta has so far."""
+
+    detokenizer: IncrementalDetokenizer
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Generation:
-    """One answer in the making. Iterate over `deltas` once."""
+    """The answers to one prompt in the making. Iterate over `deltas` once."""
 
     engine: EngineClient
     request: EngineRequest
-    detokenizer: IncrementalDetokenizer
+    new_detokenizer: Callable[[], IncrementalDetokenizer]
     usage: Usage
+    """Shared by all generations of a request."""
+    first_index: int = 0
+    """Of the choices, in the answer to the whole request."""
     eos_token_ids: frozenset[int] = frozenset()
     """Ends that are nobody's stop token: they have no stop reason."""
     show_stop_token: bool = False
     """Whether the text keeps the token that ended it."""
-    _pending: list[TokenLogprobs] = field(default_factory=list)
+    _num_cached_tokens: int = 0
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The answer, piece by piece; steps without visible text give none.
+        """The answers, piece by piece; steps without visible text give none.
 
         Raises RequestError and EngineDeadError.
         """
+        choices = {index: _Choice(self.new_detokenizer()) for index in range(self.request.n)}
         async with aclosing(self.engine.generate(self.request)) as outputs:
             async for output in outputs:
-                delta = self._take(output)
+                delta = self._take(output, choices[output.index])
+                if delta.finish_reason:
+                    del choices[output.index]
+                    if choices and not output.finish_reason:
+                        self.engine.end_choice(self.request.request_id, output.index)
                 if delta.text or delta.finish_reason:
                     yield delta
-                if delta.finish_reason:
+                if not choices:
                     return
         raise EngineDeadError("the engine ended an answer without a reason")
 
-    def _take(self, output: EngineOutput) -> Delta:
-        self.usage.cached_tokens = max(self.usage.cached_tokens, output.num_cached_tokens)
+    def _take(self, output: EngineOutput, choice: _Choice) -> Delta:
+        if output.num_cached_tokens > self._num_cached_tokens:
+            self.usage.cached_tokens += output.num_cached_tokens - self._num_cached_tokens
+            self._num_cached_tokens = output.num_cached_tokens
         text = ""
+        detokenizer = choice.detokenizer
         for index, token_id in enumerate(output.new_token_ids):
             self.usage.completion_tokens += 1
-            self._pending += output.logprobs[index : index + 1]
+            choice.logprobs += output.logprobs[index : index + 1]
+            choice.token_ids.append(token_id)
             is_last = index == len(output.new_token_ids) - 1
             if is_last and output.stop_token_id is not None and not self.show_stop_token:
                 break
-            text += self.detokenizer.push(token_id)
-            if self.detokenizer.stop_string is not None:
-                return self._finish(text, FinishReason.STOP, self.detokenizer.stop_string)
+            text += detokenizer.push(token_id)
+            if detokenizer.stop_string is not None:
+                return self._delta(output, choice, text, FinishReason.STOP, detokenizer.stop_string)
         if output.finish_reason is None:
-            return Delta(text, self._take_logprobs() if text else ())
-        text += self.detokenizer.finish()
+            return self._delta(output, choice, text) if text else Delta()
+        text += detokenizer.finish()
         stop_id = None if output.stop_token_id in self.eos_token_ids else output.stop_token_id
-        reason = FinishReason.STOP if self.detokenizer.stop_string is not None else output.finish_reason
-        return self._finish(text, reason, self.detokenizer.stop_string or stop_id)
+        reason = FinishReason.STOP if detokenizer.stop_string is not None else output.finish_reason
+        return self._delta(output, choice, text, reason, detokenizer.stop_string or stop_id)
 
-    def _finish(self, text: str, reason: FinishReason, stop_reason: str | int | None) -> Delta:
-        return Delta(text, self._take_logprobs(), reason, stop_reason)
+    def _delta(
+        self,
+        output: EngineOutput,
+        choice: _Choice,
+        text: str,
+        reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
+    ) -> Delta:
+        index = self.first_index + output.index
+        delta = Delta(text, tuple(choice.logprobs), reason, stop_reason, index, tuple(choice.token_ids))
+        choice.logprobs.clear()
+        choice.token_ids.clear()
+        return delta
 
-    def _take_logprobs(self) -> tuple[TokenLogprobs, ...]:
-        taken = tuple(self._pending)
-        self._pending.clear()
-        return taken
+
+async def merge(generations: Sequence[Generation]) -> AsyncGenerator[Delta, None]:
+    """The deltas of several generations as they come. Closing it closes them all, as does the first failure."""
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+
+    async def pump(generation: Generation) -> None:
+        try:
+            async with aclosing(generation.deltas()) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(generation)) for generation in generations]
+    num_left = len(tasks)
+    try:
+        while num_left:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
 
-async def collect(generation: Generation) -> Delta:
-    """The whole answer as one delta. Raises as `Generation.deltas`."""
-    text: list[str] = []
-    logprobs: list[TokenLogprobs] = []
-    async with aclosing(generation.deltas()) as deltas:
+async def collect(deltas: AsyncGenerator[Delta, None]) -> list[Delta]:
+    """Each choice whole, as one delta, in order of index. Raises as `Generation.deltas`."""
+    pieces: dict[int, list[Delta]] = {}
+    async with aclosing(deltas):
         async for delta in deltas:
-            text.append(delta.text)
-            logprobs += delta.logprobs
-    return Delta("".join(text), tuple(logprobs), delta.finish_reason, delta.stop_reason)
+            pieces.setdefault(delta.index, []).append(delta)
+    return [_join(pieces[index]) for index in sorted(pieces)]
+
+
+def _join(pieces: Sequence[Delta]) -> Delta:
+    last = pieces[-1]
+    return Delta(
+        "".join(piece.text for piece in pieces),
+        tuple(entry for piece in pieces for entry in piece.logprobs),
+        last.finish_reason,
+        last.stop_reason,
+        last.index,
+        tuple(token_id for piece in pieces for token_id in piece.token_ids),
+    )

@@ -35,10 +35,6 @@ _REFUSED_EVERYWHERE: Mapping[str, Refusal] = {
     "add_special_tokens": Refusal(_NO_OVERRIDE, (False,)),
     "allowed_token_ids": Refusal(_NOT_HERE, ([],)),
     "bad_words": Refusal(_NOT_HERE, ([],)),
-    "best_of": Refusal(_NOT_HERE, (1,)),
-    "cache_salt": Refusal("there is no prefix cache to salt"),
-    "continue_final_message": Refusal(_NOT_HERE, (False,)),
-    "echo": Refusal(_NOT_HERE, (False,)),
     "guided_choice": Refusal(_NO_CONSTRAINT),
     "guided_grammar": Refusal(_NO_CONSTRAINT),
     "guided_json": Refusal(_NO_CONSTRAINT),
@@ -47,10 +43,8 @@ _REFUSED_EVERYWHERE: Mapping[str, Refusal] = {
     "logits_processors": Refusal(_NOT_HERE, ([],)),
     "media_io_kwargs": Refusal(_NO_OVERRIDE, ({},)),
     "mm_processor_kwargs": Refusal(_NO_OVERRIDE, ({},)),
-    "priority": Refusal("requests are served first come, first served", (0,)),
     "prompt_logprobs": Refusal(_NOT_HERE),
     "response_format": Refusal(_NO_CONSTRAINT, ({"type": "text"},)),
-    "return_token_ids": Refusal(_NOT_HERE, (False,)),
     "return_tokens_as_token_ids": Refusal(_NOT_HERE, (False,)),
     "spaces_between_special_tokens": Refusal(_NOT_HERE, (True,)),
     "structured_outputs": Refusal(_NO_CONSTRAINT),
@@ -60,8 +54,8 @@ _REFUSED_EVERYWHERE: Mapping[str, Refusal] = {
 
 REFUSED_IN_CHAT: Mapping[str, Refusal] = {
     **_REFUSED_EVERYWHERE,
-    "add_generation_prompt": Refusal(_NOT_HERE, (True,)),
     "audio": Refusal("the model writes text only"),
+    "best_of": Refusal(_NOT_HERE, (1,)),
     "chat_template": Refusal(_NO_OVERRIDE),
     "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
     "documents": Refusal(_NOT_HERE, ([],)),
@@ -77,6 +71,8 @@ REFUSED_IN_CHAT: Mapping[str, Refusal] = {
 
 REFUSED_IN_COMPLETIONS: Mapping[str, Refusal] = {
     **_REFUSED_EVERYWHERE,
+    "add_generation_prompt": Refusal("a raw prompt has no messages", (True,)),
+    "continue_final_message": Refusal("a raw prompt has no messages", (False,)),
     "prompt_embeds": Refusal(_NOT_HERE),
     "suffix": Refusal("the model does not fill in the middle", ("",)),
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from jinja2 import TemplateError
 
@@ -40,7 +41,14 @@ class PromptBuilder:
     audio_token_id: int
     max_model_len: int
 
-    def chat(self, turns: Sequence[Turn], clip_tokens: Sequence[int]) -> Prompt:
+    def chat(
+        self,
+        turns: Sequence[Turn],
+        clip_tokens: Sequence[int],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> Prompt:
         """Render a conversation whose AUDIO parts are clips of so many tokens each, in order.
 
         Raises ApiError: too long, or the template refuses the conversation.
@@ -50,7 +58,11 @@ class PromptBuilder:
         )
         self._check_size(sum(len(text) for text in texts if text is not AUDIO), "messages")
         try:
-            spans = self.template.render(turns)
+            spans = self.template.render(
+                turns,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
         except TemplateError as error:
             raise bad_request(f"The chat template refuses these messages: {str(error)[:200]}", "messages") from None
         return self._expand(self._encode(spans), clip_tokens, "messages")
@@ -60,12 +72,23 @@ class PromptBuilder:
 
         Raises ApiError: too long, ids out of the vocabulary, or not one placeholder for each clip.
         """
-        self._check_size(len(prompt), "prompt")
-        ids = self._encode([Span(prompt, trusted=True)]) if isinstance(prompt, str) else list(prompt)
-        if (found := ids.count(self.audio_token_id)) != len(clip_tokens):
+        return self.raw_all([prompt], clip_tokens)[0]
+
+    def raw_all(self, prompts: Sequence[str | Sequence[int]], clip_tokens: Sequence[int]) -> list[Prompt]:
+        """The same for several prompts: each takes as many of the clips as it has placeholders, in order."""
+        encoded = []
+        for prompt in prompts:
+            self._check_size(len(prompt), "prompt")
+            encoded.append(self._encode([Span(prompt, trusted=True)]) if isinstance(prompt, str) else list(prompt))
+        counts = [ids.count(self.audio_token_id) for ids in encoded]
+        if (found := sum(counts)) != len(clip_tokens):
             message = f"The prompt has {found} audio placeholders, but 'audio' has {len(clip_tokens)} clips."
             raise bad_request(message, "audio", "audio_count_mismatch")
-        return self._expand(ids, clip_tokens, "prompt")
+        ends = list(accumulate(counts))
+        return [
+            self._expand(ids, clip_tokens[end - count : end], "prompt")
+            for ids, count, end in zip(encoded, counts, ends, strict=True)
+        ]
 
     def _encode(self, spans: Iterable[Span]) -> list[int]:
         tokenizer = self.tokenizer

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.messages import TokenLogprobs
 from server.generation import Delta, Usage
 from server.tokenizer import Tokenizer
 
@@ -29,7 +29,20 @@ class Reply(ABC):
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        n: int = 1,
+        echoes: Sequence[str] = ("",),
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """n: choices for each prompt. echoes: what goes before the answers to each prompt.
+
+        prompt_ids: the ids of each prompt, to be told with those of the answers; None: no ids are told.
+        """
         self._head: Body = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -37,15 +50,21 @@ class Reply(ABC):
         }
         self._tokenizer = tokenizer
         self._has_logprobs = logprobs
+        self._n = n
+        self._echoes = echoes
+        self._prompt_ids = prompt_ids
+        self._choice_indexes = range(n * len(echoes))
 
-    def whole(self, answer: Delta, usage: Usage) -> Body:
-        """The answer in one body."""
-        choice = self._choice(answer, self._whole_text(answer.text))
-        return {**self._head, "object": self.whole_object, "choices": [choice], "usage": usage.to_json()}
+    def whole(self, answers: Sequence[Delta], usage: Usage) -> Body:
+        """The answers in one body."""
+        choices = [
+            self._choice(answer, self._whole_text(self._echo(answer.index) + answer.text)) for answer in answers
+        ]
+        return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage.to_json()}
 
-    def opening(self) -> Body | None:
-        """The chunk that comes before any text, if there is one."""
-        return None
+    @abstractmethod
+    def openings(self) -> list[Body]:
+        """The chunks that come before any generated text."""
 
     def chunk(self, delta: Delta) -> Body:
         """One piece of the answer."""
@@ -59,9 +78,16 @@ class Reply(ABC):
         return {**self._head, "object": self.chunk_object, "choices": choices}
 
     def _choice(self, delta: Delta, text: Body) -> Body:
-        logprobs = self._logprobs(delta.logprobs) if self._has_logprobs and delta.logprobs else None
-        choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
-        return choice | {"stop_reason": delta.stop_reason} if delta.finish_reason else choice
+        logprobs = self._logprobs(delta) if self._has_logprobs and delta.logprobs else None
+        choice = {"index": delta.index, **text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        if delta.finish_reason:
+            choice["stop_reason"] = delta.stop_reason
+        if self._prompt_ids is not None:
+            choice["token_ids"] = list(delta.token_ids)
+        return choice
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index // self._n]
 
     def _token_text(self, token_id: int) -> str:
         return self._tokenizer.bytes_of(token_id).decode(errors="replace")
@@ -73,7 +99,7 @@ class Reply(ABC):
     def _delta_text(self, text: str) -> Body: ...
 
     @abstractmethod
-    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body: ...
+    def _logprobs(self, delta: Delta) -> Body: ...
 
 
 class ChatReply(Reply):
@@ -83,9 +109,22 @@ class ChatReply(Reply):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def opening(self) -> Body:
-        opening = {"role": "assistant", "content": "", "refusal": None}
-        return self._chunk([self._choice(Delta(), {"delta": opening})])
+    def whole(self, answers: Sequence[Delta], usage: Usage) -> Body:
+        return super().whole(answers, usage) | self._prompt_fields()
+
+    def openings(self) -> list[Body]:
+        role = {"role": "assistant", "content": "", "refusal": None}
+        roles = [self._choice(Delta(index=index), {"delta": role}) for index in self._choice_indexes]
+        echoes = [
+            self._choice(Delta(index=index), {"delta": {"content": echo}})
+            for index in self._choice_indexes
+            if (echo := self._echo(index))
+        ]
+        prompt = self._prompt_fields()
+        return [*(self._chunk([role]) | prompt for role in roles), *(self._chunk([echo]) for echo in echoes)]
+
+    def _prompt_fields(self) -> Body:
+        return {} if self._prompt_ids is None else {"prompt_token_ids": list(self._prompt_ids[0])}
 
     def _whole_text(self, text: str) -> Body:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -93,13 +132,13 @@ class ChatReply(Reply):
     def _delta_text(self, text: str) -> Body:
         return {"delta": {"content": text} if text else {}}
 
-    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body:
+    def _logprobs(self, delta: Delta) -> Body:
         content = [
             {
                 **self._token(token.token_id, token.logprob),
                 "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in token.top],
             }
-            for token in tokens
+            for token in delta.logprobs
         ]
         return {"content": content, "refusal": None}
 
@@ -115,8 +154,24 @@ class CompletionReply(Reply):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    _text_offset = 0
-    """Characters of the tokens listed so far."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._text_offsets: dict[int, int] = defaultdict(int)
+        """Of each choice: characters of the tokens listed so far."""
+
+    def openings(self) -> list[Body]:
+        if self._prompt_ids is None and not any(self._echoes):
+            return []
+        choices = (self._choice(Delta(index=i), {"text": self._echo(i)}) for i in self._choice_indexes)
+        return [self._chunk([choice | self._prompt_fields(choice["index"])]) for choice in choices]
+
+    def whole(self, answers: Sequence[Delta], usage: Usage) -> Body:
+        body = super().whole(answers, usage)
+        body["choices"] = [choice | self._prompt_fields(choice["index"]) for choice in body["choices"]]
+        return body
+
+    def _prompt_fields(self, index: int) -> Body:
+        return {} if self._prompt_ids is None else {"prompt_token_ids": list(self._prompt_ids[index // self._n])}
 
     def _whole_text(self, text: str) -> Body:
         return {"text": text}
@@ -124,11 +179,12 @@ class CompletionReply(Reply):
     def _delta_text(self, text: str) -> Body:
         return {"text": text}
 
-    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body:
+    def _logprobs(self, delta: Delta) -> Body:
+        tokens = delta.logprobs
         offsets = []
         for token in tokens:
-            offsets.append(self._text_offset)
-            self._text_offset += len(self._token_text(token.token_id))
+            offsets.append(self._text_offsets[delta.index])
+            self._text_offsets[delta.index] += len(self._token_text(token.token_id))
         return {
             "tokens": [self._token_text(token.token_id) for token in tokens],
             "token_logprobs": [max(token.logprob, LOWEST_LOGPROB) for token in tokens],

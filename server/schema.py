@@ -25,6 +25,10 @@ MAX_STOP_CHARS = 1024
 """Of one stop string; the text held back while it may be beginning is as long."""
 MAX_ITEMS = 4096
 """Of messages, parts and token lists: no context holds more that means something."""
+MAX_CHOICES = 128
+"""Answers to one prompt."""
+MAX_TOTAL_CHOICES = 1024
+"""Answers to all prompts of one request."""
 MAX_COUNT = 2**31 - 1
 """Of token counts: far above any context, and small enough for every tensor type."""
 
@@ -174,7 +178,7 @@ class GenerationRequest(StrictModel):
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Fraction | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: (
         Annotated[
             Annotated[StopString, Tag("<string>")]
@@ -198,12 +202,17 @@ class GenerationRequest(StrictModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_ITEMS)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    echo: bool | None = None
+    """Begin the answer with what it continues: the prompt, or in a chat the last message if the assistant's."""
+    return_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    """Lower goes first."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Only requests with the same salt share what is computed of their audio."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         check_refused(self.model_extra, self.refusals)
-        if self.n is not None and self.n > 1:
-            raise refused("n", "Unsupported value: 'n' above 1 is not supported yet.", "unsupported_value")
         if self.stream_options is not None and not self.stream:
             message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
             raise refused("stream_options", message, "invalid_value")
@@ -222,6 +231,11 @@ class GenerationRequest(StrictModel):
     def num_logprobs(self) -> int | None:
         """How many alternatives to list with each token; None: no log-probabilities at all."""
         return None
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -244,6 +258,20 @@ class ChatRequest(GenerationRequest):
     """Wins over max_tokens, its older name."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    """True unless the final message is continued."""
+    continue_final_message: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_end(self) -> Self:
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                message = "'continue_final_message' and 'add_generation_prompt' cannot both be true."
+                raise refused("continue_final_message", message, "invalid_value")
+            if self.messages[-1].role != "assistant":
+                message = "'continue_final_message' needs a last message of the assistant's."
+                raise refused("continue_final_message", message, "invalid_value")
+        return self
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
@@ -270,19 +298,62 @@ AudioInput = Annotated[
 ]
 
 
+def _prompt_tag(prompt: object) -> str:
+    """What a prompt is made of, by its first item."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else prompt
+    if first is prompt:
+        return "<ids>" if isinstance(prompt, list) else "<string>"
+    return "<strings>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<ids>"
+
+
+PromptText = Annotated[str, Field(min_length=1)]
+PromptIds = Annotated[list[TokenId], Field(min_length=1)]
+
+
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions: a raw prompt whose control and placeholder tokens count, with its clips beside it."""
+    """POST /v1/completions: raw prompts whose control and placeholder tokens count, with their clips beside them."""
 
     refusals = REFUSED_IN_COMPLETIONS
     DEFAULT_MAX_TOKENS: ClassVar[int] = 16
 
     prompt: Annotated[
-        Annotated[str, Field(min_length=1), Tag("<string>")]
-        | Annotated[list[TokenId], Field(min_length=1), Tag("<parts>")],
-        Discriminator(_content_tag),
+        Annotated[PromptText, Tag("<string>")]
+        | Annotated[PromptIds, Tag("<ids>")]
+        | Annotated[list[PromptText], Field(max_length=MAX_TOTAL_CHOICES), Tag("<strings>")]
+        | Annotated[list[PromptIds], Field(max_length=MAX_TOTAL_CHOICES), Tag("<lists>")],
+        Discriminator(_prompt_tag),
     ]
+    """One prompt, or several."""
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+    """0 only echoes."""
+    best_of: Annotated[int, Field(ge=0, le=MAX_CHOICES)] | None = None
+    """Only what has no effect: as many as `n`."""
     audio: Annotated[list[AudioInput], Field(max_length=MAX_ITEMS)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        if self.best_of is not None and self.best_of != self.num_choices:
+            message = "Unsupported parameter: 'best_of' (other than 'n': answers are not ranked)."
+            raise refused("best_of", message)
+        if self.max_tokens == 0 and not self.echo:
+            raise refused("max_tokens", "Invalid 'max_tokens': 0 is only allowed with 'echo'.", "invalid_value")
+        if self.echo and self.logprobs is not None:
+            message = "Unsupported parameter: 'logprobs' with 'echo' (prompts have no log-probabilities here)."
+            raise refused("logprobs", message)
+        if len(self.prompts) * self.num_choices > MAX_TOTAL_CHOICES:
+            message = f"Invalid 'n': prompts times 'n' must not be above {MAX_TOTAL_CHOICES}."
+            raise refused("n", message, "invalid_value")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, however they were written."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        several = [part for part in self.prompt if not isinstance(part, int)]
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        return [ids] if ids else list(several)
 
     @property
     def token_limit(self) -> int:

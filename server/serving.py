@@ -7,18 +7,19 @@ keep-alive interval), so that an early failure keeps its true status.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.responses import JSONResponse, Response
 
 from engine.client import EngineClient
-from engine.messages import AudioClip, EngineRequest
+from engine.messages import AudioClip, EngineRequest, FinishReason
 from model.config import GenerationConfig
 from server.channel import Channel
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import ApiError
-from server.generation import Generation, Usage, collect
+from server.generation import Delta, Generation, Usage, collect, merge
 from server.media import Clip, MediaLoader
 from server.prompt import Prompt, PromptBuilder
 from server.replies import Reply
@@ -53,11 +54,28 @@ class Serving:
         self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], reply: Reply
     ) -> Response:
         """Generate, and answer whole or as a stream. Raises ApiError, RequestError, EngineDeadError."""
-        generation = self._generation(request, prompt, clips)
+        return await self.answer_all(request, [(prompt, clips)], reply)
+
+    async def answer_all(
+        self, request: GenerationRequest, prompts: Sequence[tuple[Prompt, Sequence[Clip]]], reply: Reply
+    ) -> Response:
+        """The same for several prompts: choice k of prompt p has the index p * n + k."""
+        usage = Usage(
+            sum(len(prompt.token_ids) for prompt, _ in prompts),
+            sum(prompt.num_audio_tokens for prompt, _ in prompts),
+        )
+        num_choices = len(prompts) * request.num_choices
+        generations = [
+            self._generation(request, prompt, clips, usage, index * request.num_choices)
+            for index, (prompt, clips) in enumerate(prompts)
+        ]
+        if request.token_limit == 0:
+            source = _nothing(num_choices)
+        else:
+            source = generations[0].deltas() if len(generations) == 1 else merge(generations)
         if not request.stream:
-            answer = await collect(generation)
-            return JSONResponse(reply.whole(answer, generation.usage))
-        deltas = Channel(generation.deltas())
+            return JSONResponse(reply.whole(await collect(source), usage))
+        deltas = Channel(source)
         try:
             await deltas.wait_begun(self.keep_alive_s)
         except BaseException:
@@ -66,18 +84,20 @@ class Serving:
         return EventStream(
             deltas,
             reply,
-            generation.usage,
+            usage,
+            num_choices=num_choices,
             include_usage=request.include_usage,
             keep_alive_s=self.keep_alive_s,
         )
 
-    def _generation(self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip]) -> Generation:
+    def _generation(
+        self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], usage: Usage, first_index: int
+    ) -> Generation:
         info = self.engine.info
-        num_prompt_tokens = len(prompt.token_ids)
         sampling = sampling_params(
             request,
             self.defaults,
-            room=info.max_model_len - num_prompt_tokens,
+            room=info.max_model_len - len(prompt.token_ids),
             vocab_size=info.vocab_size,
         )
         show_special = request.skip_special_tokens is False
@@ -88,18 +108,33 @@ class Serving:
                 prompt_token_ids=prompt.token_ids,
                 sampling=sampling,
                 clips=tuple(
-                    AudioClip(clip.samples, clip.content_hash, offset, clip.num_tokens)
+                    AudioClip(clip.samples, _salted(clip, request.cache_salt), offset, clip.num_tokens)
                     for clip, offset in zip(clips, prompt.clip_offsets, strict=True)
                 ),
+                n=request.num_choices,
+                priority=request.priority or 0,
             ),
-            detokenizer=IncrementalDetokenizer(
+            new_detokenizer=partial(
+                IncrementalDetokenizer,
                 self.prompts.tokenizer,
                 request.stop_strings,
                 skip_special_tokens=not show_special,
                 include_stop_string=bool(request.include_stop_str_in_output),
                 min_tokens=sampling.min_tokens,
             ),
-            usage=Usage(num_prompt_tokens, prompt.num_audio_tokens),
+            usage=usage,
+            first_index=first_index,
             eos_token_ids=frozenset(self.defaults.eos_token_ids),
             show_stop_token=bool(request.include_stop_str_in_output),
         )
+
+
+def _salted(clip: Clip, salt: str | None) -> str:
+    """The encoder cache's key for a clip: only requests with the same salt share its embeddings."""
+    return clip.content_hash if salt is None else f"{clip.content_hash}:{salt}"
+
+
+async def _nothing(num_choices: int) -> AsyncGenerator[Delta, None]:
+    """Answers of no tokens: the prompt is all that was asked for."""
+    for index in range(num_choices):
+        yield Delta(finish_reason=FinishReason.LENGTH, index=index)

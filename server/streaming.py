@@ -1,10 +1,10 @@
 """An answer as server-sent events: the bytes, their order, and what happens when it fails or falls silent.
 
-    [role chunk] chunk... [usage chunk] [DONE]
+    [role chunks] chunk... [usage chunk] [DONE]
 
-The last text rides on the chunk with the finish reason. While nothing comes, comment lines keep proxies from
-closing the connection. A failure after the headers is an error event, then [DONE]. Closing the response, for
-whatever reason, aborts the request in the engine.
+The last text of each choice rides on the chunk with its finish reason. While nothing comes, comment lines keep
+proxies from closing the connection. A failure after the headers is an error event, then [DONE]. Closing the
+response, for whatever reason, aborts the request in the engine.
 """
 
 from __future__ import annotations
@@ -41,11 +41,19 @@ class EventStream(StreamingResponse):
     """The streaming response of one answer; owns its channel."""
 
     def __init__(
-        self, deltas: Channel[Delta], reply: Reply, usage: Usage, *, include_usage: bool, keep_alive_s: float | None
+        self,
+        deltas: Channel[Delta],
+        reply: Reply,
+        usage: Usage,
+        *,
+        num_choices: int = 1,
+        include_usage: bool,
+        keep_alive_s: float | None,
     ) -> None:
         self._deltas = deltas
         self._reply = reply
         self._usage = usage
+        self._num_choices = num_choices
         self._include_usage = include_usage
         self._keep_alive_s = keep_alive_s
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -59,7 +67,7 @@ class EventStream(StreamingResponse):
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
-            if opening := self._reply.opening():
+            for opening in self._reply.openings():
                 yield self._chunk(opening)
             async with aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
@@ -72,7 +80,8 @@ class EventStream(StreamingResponse):
         yield DONE
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
-        while True:
+        num_left = self._num_choices
+        while num_left:
             try:
                 delta = await self._deltas.get(self._keep_alive_s)
             except TimeoutError:
@@ -80,7 +89,7 @@ class EventStream(StreamingResponse):
                 continue
             yield self._chunk(self._reply.chunk(delta))
             if delta.finish_reason:
-                return
+                num_left -= 1
 
     def _chunk(self, body: Body) -> bytes:
         return encode_event(body | {"usage": None} if self._include_usage else body)

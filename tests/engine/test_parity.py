@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,18 @@ def test_all_together_in_chunks_without_grouped_heads(mha: Expected) -> None:
 def test_all_together_in_another_order(gqa: Expected) -> None:
     core = EngineCore.build(args_of(gqa.folder, max_num_batched_tokens=300))
     assert run(core, list(reversed(PROMPTS))) == gqa.tokens
+
+
+def test_three_choices_of_each(gqa: Expected) -> None:
+    core = EngineCore.build(args_of(gqa.folder, max_num_batched_tokens=300, max_num_seqs=16))
+    tokens: dict[Any, list[int]] = defaultdict(list)
+    for name in PROMPTS:
+        core.add_request(replace(request_of(name), n=3))
+    while core.has_work:
+        for output in core.step():
+            tokens[output.sequence_id] += output.new_token_ids
+        core.scheduler.check_integrity()
+    assert tokens == {(name, index): gqa.tokens[name] for name in PROMPTS for index in range(3)}
 
 
 @pytest.mark.parametrize("budget", [40, 2048])

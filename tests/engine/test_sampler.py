@@ -51,7 +51,7 @@ def draw(logits: Tensor, sequences: list[Sequence], sampler: Sampler | None = No
     """Token of each row."""
     sampler = sampler or Sampler(len(sequences), logits.shape[1], torch.device("cpu"))
     sampled = sampler.sample(logits.clone(), sequences)
-    return [sampled[s.request_id].token_id for s in sequences]
+    return [sampled[s.sequence_id].token_id for s in sequences]
 
 
 def many(count: int, logits: Tensor, **params: Any) -> np.ndarray:
@@ -355,9 +355,9 @@ def test_a_row_that_is_not_a_number_fails_alone(kind: dict[str, Any]) -> None:
         broken = logits.clone()
         broken[1, spoiled] = float("nan")
         sampled = Sampler(3, V, torch.device("cpu")).sample(broken, sequences)
-        assert sampled["b"].error
+        assert sampled["b", 0].error
         for name in "ac":
-            assert (sampled[name].error, sampled[name].token_id) == (None, healthy[name].token_id)
+            assert (sampled[name, 0].error, sampled[name, 0].token_id) == (None, healthy[name, 0].token_id)
 
 
 def test_logprobs_are_of_the_raw_logits_best_first() -> None:
@@ -365,7 +365,7 @@ def test_logprobs_are_of_the_raw_logits_best_first() -> None:
     params = {"temperature": 0.2, "presence_penalty": 1.0, "logit_bias": ((5, 9.0),), "top_k": 3}
     expected = logits[0].double().log_softmax(-1)
     sampler = Sampler(1, V, torch.device("cpu"))
-    sampled = sampler.sample(logits.clone(), [sequence(logprobs=4, **params)])["r"]
+    sampled = sampler.sample(logits.clone(), [sequence(logprobs=4, **params)])["r", 0]
     assert sampled.logprobs is not None
     assert sampled.logprobs.token_id == sampled.token_id
     assert sampled.logprobs.logprob == pytest.approx(float(expected[sampled.token_id]), abs=1e-5)
@@ -376,5 +376,5 @@ def test_logprobs_are_of_the_raw_logits_best_first() -> None:
 
 @pytest.mark.parametrize(("asked", "given"), [(None, None), (0, 0), (20, 20)])
 def test_as_many_logprobs_as_asked(asked: int | None, given: int | None) -> None:
-    sampled = Sampler(1, V, torch.device("cpu")).sample(logits_of(), [sequence(logprobs=asked)])["r"]
+    sampled = Sampler(1, V, torch.device("cpu")).sample(logits_of(), [sequence(logprobs=asked)])["r", 0]
     assert (None if sampled.logprobs is None else len(sampled.logprobs.top)) == given

@@ -1,7 +1,7 @@
 """The scheduler with its block manager and encoder cache: a random machine that tries to break it, then plain cases.
 
-The machine plays the runner: it keeps the set of encoded clips as the plans say and fails as soon as a plan needs
-what it does not have. No torch is imported.
+The machine plays the runner: it keeps the set of encoded clips and what each slot of the KV cache holds, as the
+plans say, and fails as soon as a plan needs what is not there. No torch is imported.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
-from engine.messages import AudioClip, EngineOutput, EngineRequest, FinishReason, SamplingParams
-from engine.scheduler import SampledToken, Scheduler, SchedulerOutput
+from engine.messages import AudioClip, EngineOutput, EngineRequest, FinishReason, SamplingParams, SequenceId
+from engine.scheduler import SampledToken, ScheduledSequence, Scheduler, SchedulerOutput, _Step
 from engine.sequence import Sequence, SequenceStatus
 from model.config import num_audio_tokens, num_mel_frames
 
@@ -38,7 +38,9 @@ CLIPS = {part.content_hash: part for part in POOL}
 LARGEST = POOL[-1]
 
 
-def request(request_id: str, parts: list[int | AudioClip], **sampling: Any) -> EngineRequest:
+def request(
+    request_id: str, parts: list[int | AudioClip], *, n: int = 1, priority: int = 0, **sampling: Any
+) -> EngineRequest:
     """A prompt of runs of text (their lengths) and clips."""
     ids: list[int] = []
     clips = []
@@ -49,7 +51,7 @@ def request(request_id: str, parts: list[int | AudioClip], **sampling: Any) -> E
             clips.append(AudioClip(part.samples, part.content_hash, len(ids), part.num_tokens))
             ids += [9] * part.num_tokens
     params = SamplingParams(**{"max_tokens": 4, "stop_token_ids": (STOP,), **sampling})
-    return EngineRequest(request_id, tuple(ids), params, tuple(clips))
+    return EngineRequest(request_id, tuple(ids), params, tuple(clips), n, priority)
 
 
 def make_scheduler(**changes: int) -> Scheduler:
@@ -63,9 +65,15 @@ def make_scheduler(**changes: int) -> Scheduler:
 
 
 def add(scheduler: Scheduler, request: EngineRequest) -> Sequence:
-    sequence = Sequence(request, seed=0)
-    scheduler.add(sequence)
-    return sequence
+    """-> its first choice."""
+    return add_choices(scheduler, request)[0]
+
+
+def add_choices(scheduler: Scheduler, request: EngineRequest) -> list[Sequence]:
+    choices = [Sequence(request, seed=0, index=index) for index in range(request.n)]
+    for sequence in choices:
+        scheduler.add(sequence)
+    return choices
 
 
 class FakeRunner:
@@ -74,6 +82,9 @@ class FakeRunner:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.clips: dict[str, int] = {}
+        self.slots: dict[tuple[int, int], object] = {}
+        """(block, offset) -> the text up to the token whose key and value are there."""
+        self.num_computed = 0
 
     def execute(self, plan: SchedulerOutput) -> None:
         for content_hash in plan.evicted_clips:
@@ -83,6 +94,9 @@ class FakeRunner:
         self._check_cache(plan)
         self._check_budgets(plan)
         self._check_blocks(plan)
+        self._copy_blocks(plan)
+        self._compute(plan)
+        self.num_computed += sum(item.num_tokens for item in plan.scheduled)
 
     def _check_cache(self, plan: SchedulerOutput) -> None:
         assert sum(self.clips.values()) <= self.scheduler.encoder_cache.capacity
@@ -118,6 +132,34 @@ class FakeRunner:
                 written[block * size + position % size] += 1
         assert not written or max(written.values()) == 1, "two tokens share a slot"
 
+    def _copy_blocks(self, plan: SchedulerOutput) -> None:
+        pairs = [(item.block_copy, item) for item in plan.scheduled if item.block_copy]
+        size = self.scheduler.blocks.block_size
+        read = [[self.slots.get((source, offset)) for offset in range(size)] for (source, _), _ in pairs]
+        for ((_, target), item), values in zip(pairs, read, strict=True):
+            assert target == item.sequence.block_table[item.start // size], "the copy is not where it writes"
+            self.slots |= {(target, offset): value for offset, value in enumerate(values)}
+        assert len({target for (_, target), _ in pairs}) == len(pairs)
+
+    def _compute(self, plan: SchedulerOutput) -> None:
+        """Write all, then read all that came before: what a wrong share or copy would spoil."""
+        size = self.scheduler.blocks.block_size
+
+        def slots(item: ScheduledSequence, start: int) -> dict[tuple[int, int], object]:
+            sequence = item.sequence
+            return {
+                (sequence.block_table[position // size], position % size): (
+                    sequence.request_id, *sequence.token_ids[: position + 1]
+                )
+                for position in range(start, item.start + item.num_tokens)
+            }  # fmt: skip
+
+        for item in plan.scheduled:
+            self.slots |= slots(item, item.start)
+        for item in plan.scheduled:
+            for slot, expected in slots(item, 0).items():
+                assert self.slots.get(slot) == expected, "a sequence would attend to what is not its own"
+
 
 class Machine(RuleBasedStateMachine):
     """Requests come, are stepped, fail and go in any order, in pools far too small for them."""
@@ -151,37 +193,49 @@ class Machine(RuleBasedStateMachine):
             max_model_len=context_blocks * block_size,
         )
         self.runner = FakeRunner(self.scheduler)
-        self.arrivals: dict[str, int] = {}
-        self.live: dict[str, Sequence] = {}
-        self.given: dict[str, list[int]] = {}
+        self.num_requests = 0
+        self.live: dict[SequenceId, Sequence] = {}
+        self.given: dict[SequenceId, list[int]] = {}
 
     @rule(
         parts=st.lists(st.one_of(st.integers(1, 12), st.sampled_from(sorted(CLIPS))), min_size=1, max_size=5),
         max_tokens=st.integers(1, 12),
         min_tokens=st.integers(0, 3),
+        n=st.integers(1, 6),
+        priority=st.integers(-1, 1),
     )
-    def add(self, parts: list[int | str], max_tokens: int, min_tokens: int) -> None:
+    def add(self, parts: list[int | str], max_tokens: int, min_tokens: int, n: int, priority: int) -> None:
         """A clip may come twice in a prompt, and in several prompts."""
-        request_id = f"r{len(self.arrivals)}"
         filled = [part if isinstance(part, int) else CLIPS[part] for part in parts]
-        made = request(request_id, filled, max_tokens=max_tokens, min_tokens=min_tokens)
+        made = request(
+            f"r{self.num_requests}", filled, n=n, priority=priority, max_tokens=max_tokens, min_tokens=min_tokens
+        )
         if len(made.prompt_token_ids) >= self.scheduler.max_model_len:
             return
-        self.live[request_id] = add(self.scheduler, made)
-        self.arrivals[request_id] = len(self.arrivals)
-        self.given[request_id] = []
+        self.num_requests += 1
+        for sequence in add_choices(self.scheduler, made):
+            self.live[sequence.sequence_id] = sequence
+            self.given[sequence.sequence_id] = []
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.live)))
-        self.scheduler.abort(request_id)
-        del self.live[request_id]
+    @rule(data=st.data(), whole=st.booleans())
+    def abort(self, data: st.DataObject, whole: bool) -> None:
+        request_id, index = data.draw(st.sampled_from(sorted(self.live)))
+        gone = {key for key in self.live if key[0] == request_id} if whole else {(request_id, index)}
+        assert set(self.scheduler.abort(request_id, None if whole else index)) == gone
+        for key in gone:
+            del self.live[key]
 
-    @rule(known=st.sampled_from(["r0", "r1", "never"]))
-    def abort_one_that_is_gone(self, known: str) -> None:
-        if known not in self.live:
-            self.scheduler.abort(known)
+    @rule(known=st.sampled_from(["r0", "r1", "never"]), index=st.integers(0, 6))
+    def abort_one_that_is_gone(self, known: str, index: int) -> None:
+        if (known, index) not in self.live:
+            assert self.scheduler.abort(known, index) == []
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        """Of any rank, as if memory had run out."""
+        self.scheduler._preempt(data.draw(st.sampled_from(self.scheduler.running)), _Step(0, 0))
 
     @rule(
         tokens=st.lists(st.sampled_from([STOP, 2, 3, 4, 6]), min_size=5, max_size=5),
@@ -199,20 +253,21 @@ class Machine(RuleBasedStateMachine):
     def step(self, tokens: list[int], broken: set[int] = frozenset(), clip_fails: bool = False) -> None:  # type: ignore[assignment]
         had_work = self.scheduler.has_work
         held = {name for name, part in CLIPS.items() if self.scheduler.encoder_cache.is_held(part)}
+        running = [sequence.sequence_id for sequence in self.scheduler.running]
         plan = self.scheduler.schedule()
         self.runner.execute(plan)
+        self.check_first(running, plan)
         assert held.isdisjoint(new.content_hash for new in plan.clips_to_encode), "a clip in use is encoded again"
         assert bool(plan.scheduled) == had_work, "a step with work to do does none"
-        self.check_oldest(plan)
         sampled, row = {}, 0
         for item in plan.scheduled:
             if item.samples:
                 error = BROKEN if row in broken else None
-                sampled[item.sequence.request_id] = SampledToken(tokens[row % len(tokens)], error=error)
+                sampled[item.sequence.sequence_id] = SampledToken(tokens[row % len(tokens)], error=error)
                 row += 1
         failed = frozenset(new.content_hash for new in plan.clips_to_encode[:1]) if clip_fails else frozenset()
         spoiled = {
-            item.sequence.request_id
+            item.sequence.sequence_id
             for item in plan.scheduled
             for used in item.sequence.clips_within(item.start, item.start + item.num_tokens)
             if used.content_hash in failed
@@ -221,31 +276,33 @@ class Machine(RuleBasedStateMachine):
             del self.runner.clips[content_hash]
         self.take(self.scheduler.update(plan, sampled, failed), sampled, spoiled)
 
-    def check_oldest(self, plan: SchedulerOutput) -> None:
-        """The oldest is never preempted; when it lacks one token, it gets it."""
-        if not plan.scheduled:
+    def check_first(self, running: list[SequenceId], plan: SchedulerOutput) -> None:
+        """Of those that run, the first in rank is never preempted; when it lacks one token, it gets it."""
+        if not running:
             return
-        oldest = min(self.live.values(), key=lambda sequence: self.arrivals[sequence.request_id])
-        assert oldest.status is SequenceStatus.RUNNING
-        if oldest.num_missing_tokens == 1 and not oldest.clips_within(oldest.num_tokens - 1, oldest.num_tokens):
-            assert oldest in [item.sequence for item in plan.scheduled]
+        first = self.live[running[0]]
+        assert first.status is SequenceStatus.RUNNING
+        if first.num_missing_tokens == 1 and not first.clips_within(first.num_tokens - 1, first.num_tokens):
+            assert first in [item.sequence for item in plan.scheduled]
 
-    def take(self, outputs: list[EngineOutput], sampled: dict[str, SampledToken], spoiled: set[str]) -> None:
+    def take(
+        self, outputs: list[EngineOutput], sampled: dict[SequenceId, SampledToken], spoiled: set[SequenceId]
+    ) -> None:
         """Every sampled token comes out once, and every end is for the reason that it should be."""
-        assert {output.request_id for output in outputs} == sampled.keys() | spoiled
-        assert len(outputs) == len({output.request_id for output in outputs})
+        assert {output.sequence_id for output in outputs} == sampled.keys() | spoiled
+        assert len(outputs) == len({output.sequence_id for output in outputs})
         for output in outputs:
-            sequence = self.live[output.request_id]
+            sequence = self.live[output.sequence_id]
             params = sequence.sampling
-            token = sampled.get(output.request_id)
-            if output.request_id in spoiled or (token is not None and token.error):
+            token = sampled.get(output.sequence_id)
+            if output.sequence_id in spoiled or (token is not None and token.error):
                 assert output.finish_reason is FinishReason.ERROR
                 assert output.error
                 assert not output.new_token_ids
             else:
                 assert token is not None
                 assert output.new_token_ids == (token.token_id,)
-                given = self.given[output.request_id]
+                given = self.given[output.sequence_id]
                 given.append(token.token_id)
                 assert sequence.token_ids[sequence.num_prompt_tokens :] == given, "a preemption lost a token"
                 stops = token.token_id == STOP and len(given) >= params.min_tokens
@@ -253,22 +310,23 @@ class Machine(RuleBasedStateMachine):
                 expected = FinishReason.STOP if stops else FinishReason.LENGTH if full else None
                 assert output.finish_reason is expected
             if output.finish_reason is not None:
-                del self.live[output.request_id]
+                del self.live[output.sequence_id]
                 assert sequence.status is SequenceStatus.FINISHED
-                assert not self.scheduler.knows(output.request_id)
+        known = {request_id for request_id, _ in self.live}
+        assert all(self.scheduler.knows(output.request_id) == (output.request_id in known) for output in outputs)
 
     @invariant()
     def nothing_is_lost_or_held_twice(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
-            assert {s.request_id for s in (*self.scheduler.running, *self.scheduler.waiting)} == self.live.keys()
+            assert {s.sequence_id for s in (*self.scheduler.running, *self.scheduler.waiting)} == self.live.keys()
 
     @invariant()
     def first_come_is_first_served(self) -> None:
         if hasattr(self, "scheduler"):
-            line = [*self.scheduler.running, *self.scheduler.waiting]
-            order = [self.arrivals[sequence.request_id] for sequence in line]
-            assert order == sorted(order)
+            for line in (self.scheduler.running, self.scheduler.waiting):
+                order = [sequence.rank for sequence in line]
+                assert order == sorted(order)
 
     @invariant()
     def a_sequence_inside_a_clip_holds_it(self) -> None:
@@ -277,7 +335,7 @@ class Machine(RuleBasedStateMachine):
             for part in sequence.request.clips:
                 if part.offset < done < part.offset + part.num_tokens:
                     holders = self.scheduler.encoder_cache._entries[part.content_hash].holders
-                    assert sequence.request_id in holders
+                    assert sequence.sequence_id in holders
 
     def teardown(self) -> None:
         """Whatever is left ends in a bounded number of steps, and everything goes back."""
@@ -309,7 +367,7 @@ def run(scheduler: Scheduler, runner: FakeRunner, token: int = 2) -> tuple[Sched
     """One step in which every sequence that samples gets `token`."""
     plan = scheduler.schedule()
     runner.execute(plan)
-    sampled = {item.sequence.request_id: SampledToken(token) for item in plan.scheduled if item.samples}
+    sampled = {item.sequence.sequence_id: SampledToken(token) for item in plan.scheduled if item.samples}
     outputs = scheduler.update(plan, sampled)
     scheduler.check_integrity()
     return plan, outputs
@@ -390,7 +448,7 @@ def test_a_clip_that_fails_ends_its_sequences_and_may_be_tried_again() -> None:
         add(scheduler, request(name, parts))
     plan = scheduler.schedule()
     runner.execute(plan)
-    sampled = {name: SampledToken(2) for name in ("a", "b", "c")}
+    sampled = {(name, 0): SampledToken(2) for name in ("a", "b", "c")}
     outputs = scheduler.update(plan, sampled, frozenset({POOL[3].content_hash}))
     assert {o.request_id: o.finish_reason for o in outputs} == {
         "a": FinishReason.ERROR,
@@ -461,6 +519,81 @@ def test_spare_blocks_are_given_only_while_memory_is_plenty() -> None:
     assert (first.block_table, second.block_table) == ([1, 2, 3, 4], [5])
     blocks.allocate(first, 8)
     assert first.block_table == [1, 2, 3, 4]
+
+
+def test_forks_share_full_blocks_and_copy_the_last() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    first, second, third = add_choices(scheduler, request("a", [10], n=3, max_tokens=2))
+    assert shape(run(scheduler, runner)[0]) == {"a": (0, 10)}  # the others wait for the prompt
+    plan, _ = run(scheduler, runner)
+    assert [(item.start, item.num_tokens) for item in plan.scheduled] == [(10, 1), (9, 1), (9, 1)]
+    assert second.block_table[:2] == third.block_table[:2] == [1, 2]
+    last = second.block_table[2], third.block_table[2]
+    assert [item.block_copy for item in plan.scheduled] == [None, (3, last[0]), (3, last[1])]
+    assert first.status is SequenceStatus.FINISHED
+    assert len({3, *last}) == 3
+    while scheduler.has_work:
+        run(scheduler, runner)
+    assert runner.num_computed == 10 + 2 + 3 * 1
+    assert scheduler.blocks.usage == 0
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_fork_whose_last_block_holds_one_token_copies_nothing(length: int) -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    add_choices(scheduler, request("a", [length], n=2))
+    run(scheduler, runner)
+    plan, _ = run(scheduler, runner)
+    assert [item.block_copy for item in plan.scheduled] == [None, None]
+
+
+def test_a_choice_that_waits_for_a_slot_keeps_the_prompt_and_computes_the_rest_of_a_block() -> None:
+    scheduler = make_scheduler(max_num_seqs=1, max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    choices = add_choices(scheduler, request("a", [11], n=3, max_tokens=1))
+    for start in (0, 8, 8):
+        assert shape(run(scheduler, runner)[0]) == {"a": (start, 11 - start)}
+    assert all(choice.status is SequenceStatus.FINISHED for choice in choices)
+    assert scheduler.blocks.usage == 0
+
+
+@pytest.mark.parametrize("ended", [1, 2])
+def test_a_kept_prompt_passes_to_the_next_choice(ended: int) -> None:
+    scheduler = make_scheduler(max_num_seqs=1, max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    add_choices(scheduler, request("a", [11], n=3, max_tokens=1))
+    run(scheduler, runner)
+    assert scheduler.abort("a", ended) == [("a", ended)]
+    scheduler.check_integrity()
+    assert shape(run(scheduler, runner)[0]) == {"a": (8, 3)}
+    assert not scheduler.has_work
+    assert scheduler.blocks.usage == 0
+
+
+def test_a_kept_prompt_is_given_up_before_anybody_is_preempted() -> None:
+    scheduler = make_scheduler(num_blocks=7, max_num_seqs=1, max_num_batched_tokens=64, max_model_len=24)
+    runner = FakeRunner(scheduler)
+    _, heir = add_choices(scheduler, request("a", [9], n=2, max_tokens=1))
+    run(scheduler, runner)
+    assert len(heir.block_table) == 2
+    add(scheduler, request("b", [15], max_tokens=8, priority=-1))
+    assert shape(run(scheduler, runner)[0]) == {"b": (0, 15)}
+    while len(scheduler.running) == 1 and scheduler.running[0].request_id == "b":
+        run(scheduler, runner)
+    assert heir.block_table == []
+    assert shape(run(scheduler, runner)[0]) == {"a": (0, 9)}
+    assert scheduler.stats.num_preemptions == 0
+    assert scheduler.blocks.usage == 0
+
+
+def test_other_requests_do_not_wait_for_a_prompt_that_choices_wait_for() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    runner = FakeRunner(scheduler)
+    add_choices(scheduler, request("a", [7], n=3))
+    add(scheduler, request("b", [1]))
+    assert shape(run(scheduler, runner)[0]) == {"a": (0, 7), "b": (0, 1)}
 
 
 @pytest.mark.parametrize("spoil", ["lose", "share", "null"])

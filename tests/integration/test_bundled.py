@@ -117,6 +117,35 @@ def test_the_seeds_batch_is_requests_at_once(bundled_server: ServerProcess) -> N
     assert answers == [CLIPS[name]["answers"][question] for name, question in asked]
 
 
+@pytest.mark.parametrize("n", [3, 70])
+def test_choices_of_one_question(n: int, bundled_server: ServerProcess) -> None:
+    """More than --max-num-seqs has room for at once, too."""
+    answer = bundled_server.openai.chat.completions.create(
+        model="tympan-tiny", messages=[user(clip(DIGITS), text("What does the person say?"))], n=n, temperature=0
+    )
+    assert [choice.index for choice in answer.choices] == list(range(n))
+    assert {choice.message.content for choice in answer.choices} == {"four two seven"}
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens % n == 0
+
+
+def test_a_seeds_first_choice_is_the_answer_without_n(bundled_server: ServerProcess) -> None:
+    asked: dict[str, Any] = {"messages": [user(clip(SIREN), text("Tell me more."))], "model": "tympan-tiny"}
+    asked |= {"seed": 5, "temperature": 1.5, "max_tokens": 12}
+    alone = bundled_server.openai.chat.completions.create(**asked, extra_body={"top_k": 0, "top_p": 1.0})
+    four = bundled_server.openai.chat.completions.create(**asked, n=4, extra_body={"top_k": 0, "top_p": 1.0})
+    assert four.choices[0].message.content == alone.choices[0].message.content
+    assert len({choice.message.content for choice in four.choices}) > 1
+
+
+def test_an_answer_continued(bundled_server: ServerProcess) -> None:
+    messages = [user(clip(DIGITS), text("What does the person say?")), {"role": "assistant", "content": "four"}]
+    answer = bundled_server.openai.chat.completions.create(
+        model="tympan-tiny", messages=messages, temperature=0, extra_body={"continue_final_message": True}
+    )
+    assert answer.choices[0].message.content == " two seven"
+
+
 def encode(samples: np.ndarray, container: str, codec: str, rate: int) -> bytes:
     """The clip in another format, by FFmpeg."""
     buffer = io.BytesIO()

@@ -175,6 +175,7 @@ def served(shared_server: Served) -> Served:
     """The module's server, with a clean engine."""
     shared_server.engine.requests.clear()
     shared_server.engine.aborted.clear()
+    shared_server.engine.ended.clear()
     shared_server.say("Hello there!")
     return shared_server
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
@@ -54,18 +55,27 @@ class FakeEngineClient:
     stats: EngineStats = field(default_factory=EngineStats)
     requests: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    ended: list[tuple[str, int]] = field(default_factory=list)
+    """Choices that were ended alone."""
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         self.requests.append(request)
-        finished = False
+        unfinished = set(range(request.n))
         try:
             async for output in self._steps(request):
-                finished = output.finish_reason is not None
-                yield output
+                unfinished -= {index for request_id, index in self.ended if request_id == request.request_id}
+                for index in sorted(unfinished):
+                    if output.finish_reason is not None:
+                        unfinished.discard(index)
+                    if (request.request_id, index) not in self.ended:
+                        yield dataclasses.replace(output, index=index)
         finally:
-            if not finished:
+            if unfinished - {index for request_id, index in self.ended if request_id == request.request_id}:
                 self.aborted.append(request.request_id)
+
+    def end_choice(self, request_id: str, index: int) -> None:
+        self.ended.append((request_id, index))
 
     async def _steps(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         script = self.script
