@@ -25,6 +25,7 @@ from server.replies import Reply
 from server.sampling import sampling_params
 from server.schema import GenerationRequest
 from server.streaming import EventStream
+from server.structured import GrammarCompiler
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Serving:
     engine: EngineClient
     prompts: PromptBuilder
     media: MediaLoader
+    grammars: GrammarCompiler
     defaults: GenerationConfig
     """Sampling defaults, end-of-sequence ids included."""
     keep_alive_s: float | None
