@@ -25,7 +25,7 @@ from server.replies import Reply
 from server.sampling import sampling_params
 from server.schema import GenerationRequest
 from server.streaming import EventStream
-from server.structured import GrammarCompiler
+from server.structured import GrammarCompiler, compile_constraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,8 @@ class Serving:
         self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], reply: Reply
     ) -> Response:
         """Generate, and answer whole or as a stream. Raises ApiError, RequestError, EngineDeadError."""
-        generation = self._generation(request, prompt, clips)
+        grammar = await compile_constraint(self.grammars, request)
+        generation = self._generation(request, prompt, clips, grammar)
         if not request.stream:
             answer = await collect(generation)
             return JSONResponse(reply.whole(answer, generation.usage))
@@ -73,7 +74,9 @@ class Serving:
             keep_alive_s=self.keep_alive_s,
         )
 
-    def _generation(self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip]) -> Generation:
+    def _generation(
+        self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], grammar: str | None
+    ) -> Generation:
         info = self.engine.info
         num_prompt_tokens = len(prompt.token_ids)
         sampling = sampling_params(
@@ -81,6 +84,7 @@ class Serving:
             self.defaults,
             room=info.max_model_len - num_prompt_tokens,
             vocab_size=info.vocab_size,
+            grammar=grammar,
         )
         show_special = request.skip_special_tokens is False
         return Generation(
