@@ -181,6 +181,7 @@ class Guidance:
         if start is None:
             limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
             start = self._compiled[grammar] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+            start.compute_bitmask()  # the first takes longest, and its states serve the copies
         self._compiled.move_to_end(grammar)
         if len(self._compiled) > CACHE_SIZE:
             self._compiled.popitem(last=False)
