@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,13 +123,21 @@ def _apply_bias(logits: Tensor, sequences: list[Sequence]) -> None:
 def _apply_masks(logits: Tensor, masks: TokenMasks) -> None:
     """Leave the rows of grammars only what these allow."""
     device = logits.device
-    rows = torch.tensor(masks.rows, device=device)
     packed = torch.from_numpy(masks.allowed).to(device, non_blocking=True)
-    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
-    barred = ((packed[:, :, None] & bits) == 0).flatten(1)[:, : logits.shape[1]]
-    logits[rows] = logits[rows].masked_fill_(barred, -math.inf)
+    barred = _barred_bits(device)[packed.long()].view(torch.bool)[:, : logits.shape[1]]
+    if len(masks.rows) < logits.shape[0]:  # filling bools is cheaper than gathering logits
+        rows = torch.tensor(masks.rows, device=device)
+        barred = torch.zeros_like(logits, dtype=torch.bool).index_copy_(0, rows, barred)
+    logits.masked_fill_(barred, -math.inf)
     for row, token_id in masks.forced:
         logits[row, token_id] = 0.0
+
+
+@cache
+def _barred_bits(device: torch.device) -> Tensor:
+    """Eight bools, as one integer, for each byte of a mask: the bits that are not set. -> int64 [256]."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(1 - bits).view(torch.int64)[:, 0].to(device)
 
 
 def _choose(logits: Tensor, sequences: list[Sequence]) -> Tensor:
