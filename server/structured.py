@@ -12,8 +12,9 @@ import asyncio
 import json
 import subprocess
 import sys
-import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,14 @@ class GrammarCompiler:
             str(checkpoint.resolve() / "tokenizer.json"),
             str(vocab_size),
         ]
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "grammars")
         self._process: subprocess.Popen[bytes] | None = None
         self._num_compiled = 0
         self._cache: OrderedDict[bytes, dict[str, str]] = OrderedDict()
 
     async def json_schema(self, schema: dict[str, Any] | bool, param: str) -> str:
         """A grammar of the JSON texts that satisfy a schema, in compact form or with bounded white space."""
-        return await asyncio.to_thread(self._json_schema, schema, param)
+        return await self._run(self._json_schema, schema, param)
 
     async def json_object(self) -> str:
         """A grammar of all JSON objects."""
@@ -100,23 +101,26 @@ class GrammarCompiler:
 
     async def regex(self, pattern: str, param: str) -> str:
         """A grammar of the texts that match a regex from end to end."""
-        return await asyncio.to_thread(self._compile, "regex", pattern, param)
+        return await self._run(self._compile, "regex", pattern, param)
 
     async def choice(self, options: list[str], param: str) -> str:
         """A grammar of a few texts."""
         if not 0 < len(options) <= MAX_CHOICES:
             message = f"Invalid '{param}': expected 1 to {MAX_CHOICES} choices."
             raise bad_request(message, param, "invalid_choice")
-        return await asyncio.to_thread(self._compile, "choice", options, param)
+        return await self._run(self._compile, "choice", options, param)
 
     async def grammar(self, text: str, param: str) -> str:
         """A context-free grammar, in Lark's notation or GBNF."""
-        return await asyncio.to_thread(self._compile, "grammar", text, param)
+        return await self._run(self._compile, "grammar", text, param)
 
     def close(self) -> None:
         """End the process. A later source starts a new one."""
-        with self._lock:
-            self._stop()
+        self._thread.submit(self._stop).result()
+
+    async def _run(self, function: Callable[..., str], *arguments: Any) -> str:
+        """In a thread of our own, one source after the other: a queue of slow ones must not fill the loop's pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _json_schema(self, schema: dict[str, Any] | bool, param: str) -> str:
         check_json_schema(schema, param)
@@ -128,12 +132,11 @@ class GrammarCompiler:
             message = f"Invalid '{param}': too large. At most {MAX_SOURCE_CHARS} characters are accepted."
             raise bad_request(message, param, _CODES[kind])
         key = sha256(line).digest()
-        with self._lock:
-            answer = self._cache.get(key) or self._ask(line)
-            self._cache[key] = answer
-            self._cache.move_to_end(key)
-            if len(self._cache) > CACHE_SIZE:
-                self._cache.popitem(last=False)
+        answer = self._cache.get(key) or self._ask(line)
+        self._cache[key] = answer
+        self._cache.move_to_end(key)
+        if len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
         if "error" in answer:
             raise bad_request(f"Invalid '{param}': {answer['error']}.", param, _CODES[kind])
         return answer["grammar"]

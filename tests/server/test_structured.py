@@ -298,6 +298,25 @@ def test_a_source_that_takes_too_long_ends_and_the_next_is_compiled(compiler: Gr
     assert "abc" in regex(compiler, "abc")
 
 
+def test_a_queue_of_slow_sources_holds_nobody_else_up(served: Served) -> None:
+    def slow(k: int) -> None:
+        schema = {"type": "object", "properties": {f"q{k}_{n}": True for n in range(5000)}}
+        statuses.append(served.post(formatted(schema), timeout=30).status_code)
+
+    statuses: list[int] = []
+    threads = [threading.Thread(target=slow, args=(k,)) for k in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    assert served.post(chat()).status_code == 200
+    waited = time.monotonic() - started
+    for thread in threads:
+        thread.join(30)
+    assert statuses == [400] * 6
+    assert waited < 2 * MAX_SECONDS
+
+
 def test_nothing_runs_until_it_is_needed_nor_after_the_end(compiler: GrammarCompiler) -> None:
     before = len(children())
     with pytest.raises(ApiError):
