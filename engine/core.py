@@ -91,7 +91,7 @@ class EngineCore:
         if request.sampling.grammar is None:
             self.scheduler.add(sequence)
         else:
-            self.runner.guidance.compile(sequence)
+            self.runner.guidance.compile([sequence])
 
     def abort(self, request_id: str) -> None:
         """Forget a request. Fine when it has just ended."""

@@ -70,7 +70,7 @@ class Guidance:
         self._eos_token_ids = eos_token_ids
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         """Grammar -> a matcher at its start. Only the compiling thread touches it."""
-        self._compiling: dict[str, tuple[Sequence, Future[_Matched]]] = {}
+        self._compiling: dict[str, tuple[list[Sequence], Future[_Matched]]] = {}
         self._matched: dict[str, _Matched] = {}
         self._failed: set[str] = set()
         """Requests whose mask of this step came out empty."""
@@ -86,30 +86,30 @@ class Guidance:
         """Whether a request of this id is being compiled."""
         return request_id in self._compiling
 
-    def compile(self, sequence: Sequence) -> None:
-        """Begin to make a sequence's matcher; `take_compiled` gives the sequence back."""
-        grammar = sequence.sampling.grammar
-        assert grammar is not None
-        future = self._compiler.submit(self._match, grammar, sequence.sampling.stop_token_ids)
-        self._compiling[sequence.request_id] = (sequence, future)
+    def compile(self, sequences: list[Sequence]) -> None:
+        """Begin to make the matchers of a request's sequences; `take_compiled` gives them back together."""
+        sampling = sequences[0].sampling
+        assert sampling.grammar is not None
+        future = self._compiler.submit(self._match, sampling.grammar, sampling.stop_token_ids)
+        self._compiling[sequences[0].request_id] = (sequences, future)
 
     def take_compiled(self, wait_s: float) -> list[tuple[Sequence, str | None]]:
         """Sequences that can be scheduled, or else why not; waits for the first at most `wait_s`."""
         if self._compiling:
             wait([future for _, future in self._compiling.values()], wait_s, FIRST_COMPLETED)
-        taken: list[tuple[Sequence, str | None]] = []
-        for request_id, (sequence, future) in list(self._compiling.items()):
-            if not future.done():
-                continue
-            del self._compiling[request_id]
-            if error := future.exception():
-                logger.error("a grammar could not be compiled", exc_info=error)
-            if error or future.result().matcher.is_error():
-                taken.append((sequence, NOT_COMPILED))
-            else:
-                self._matched[request_id] = future.result()
-                taken.append((sequence, None))
-        return taken
+        done = [request_id for request_id, (_, future) in self._compiling.items() if future.done()]
+        return [item for request_id in done for item in self._take_one(request_id)]
+
+    def _take_one(self, request_id: str) -> list[tuple[Sequence, str | None]]:
+        sequences, future = self._compiling.pop(request_id)
+        if error := future.exception():
+            logger.error("a grammar could not be compiled", exc_info=error)
+        if error or future.result().matcher.is_error():
+            return [(sequence, NOT_COMPILED) for sequence in sequences]
+        matched = future.result()
+        for sequence in sequences:
+            self._matched[sequence.request_id] = replace(matched, matcher=matched.matcher.deep_copy())
+        return [(sequence, None) for sequence in sequences]
 
     def fork(self, parent_id: str, child_id: str) -> None:
         """Give a sequence a matcher of its own, where its parent's stands. Fine for a parent without one."""
@@ -186,7 +186,7 @@ class Guidance:
         if len(self._compiled) > CACHE_SIZE:
             self._compiled.popitem(last=False)
         ends = frozenset(token_id for token_id in stop_token_ids if self._is_control(token_id))
-        return _Matched(start.deep_copy(), ends)
+        return _Matched(start, ends)
 
     def _is_control(self, token_id: int) -> bool:
         """Whether it is a control token, and neither text nor padding."""

@@ -39,7 +39,7 @@ def guidance() -> Guidance:
 
 def compiled(guidance: Guidance, *sequences: Sequence) -> None:
     for one in sequences:
-        guidance.compile(one)
+        guidance.compile([one])
     taken: list[tuple[Sequence, str | None]] = []
     while guidance.is_compiling:
         taken += guidance.take_compiled(5)
@@ -167,7 +167,7 @@ def test_a_token_that_the_grammar_does_not_allow_is_an_error(guidance: Guidance)
 
 def test_what_cannot_be_compiled_is_handed_back(guidance: Guidance) -> None:
     bad = sequence("bad", "start: missing")
-    guidance.compile(bad)
+    guidance.compile([bad])
     assert guidance.knows("bad")
     while guidance.is_compiling:
         taken = guidance.take_compiled(5)
