@@ -28,6 +28,9 @@ WHITESPACE = r" |\n {0,16}"
 """Where JSON allows white space: at most one space, or a line break and an indentation. A small model would else
 write blanks until its tokens are spent."""
 
+ESCAPES = 'nrbtf\\"'
+"""What may follow a backslash in JSON strings. With u, `"\\u0061"` would pass for a property that is not `"a"`."""
+
 _FORBIDDEN_IN_GRAMMARS = ("%json", "%llguidance")
 """They bring options, and schemas whose keywords nobody has checked."""
 
@@ -39,7 +42,9 @@ class GrammarError(Exception):
 def json_schema(schema: Any) -> str:
     """Keywords were checked by server/json_schema.py; this finds what is contradictory or too large."""
     source = schema if isinstance(schema, dict) else {"allOf": [schema]}
-    return LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(
+        source, overrides={"whitespace_pattern": WHITESPACE, "json_allowed_escapes": ESCAPES}
+    )
 
 
 def regex(pattern: str) -> str:

@@ -35,6 +35,8 @@ _MAP_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 
 def check_json_schema(schema: object, param: str) -> None:
     """Raise ApiError, a 400 with `param`, for the first thing found that would not be enforced."""
+    draft = schema.get("$schema") if isinstance(schema, dict) else None
+    has_prefixes = draft is None or "2020-12" in str(draft)
     pending: list[tuple[object, str, int]] = [(schema, "", 0)]
     while pending:
         node, path, depth = pending.pop()
@@ -44,6 +46,8 @@ def check_json_schema(schema: object, param: str) -> None:
             continue
         if not isinstance(node, dict):
             raise _invalid(param, f"expected a schema{_at(path)}")
+        if "prefixItems" in node and not has_prefixes:
+            raise _invalid(param, f"the keyword 'prefixItems'{_at(path)} is not known to the draft in $schema")
         _check_keywords(node, path, param)
         pending += [(child, name, depth + 1) for child, name in _children(node, path)]
 
@@ -54,6 +58,10 @@ def _check_keywords(node: dict[str, Any], path: str, param: str) -> None:
             raise _invalid(param, f"the keyword '{keyword[:40]}'{_at(path)} is not supported")
         if keyword == "multipleOf" and not (isinstance(value, int | float) and 0 < value <= MAX_MULTIPLE_OF):
             raise _invalid(param, f"multipleOf{_at(path)} must be above 0 and at most {MAX_MULTIPLE_OF}")
+        if keyword == "$schema" and path:
+            raise _invalid(param, f"$schema{_at(path)} is only supported at the top")
+        if keyword == "prefixItems" and ("additionalItems" in node or isinstance(node.get("items"), list)):
+            raise _invalid(param, f"prefixItems{_at(path)} is not supported beside what older drafts had instead")
         if keyword == "minProperties" and value not in (0, 1):
             raise _invalid(param, f"minProperties{_at(path)} above 1 is not supported")
 

@@ -74,6 +74,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         formatted({"enum": [f"s{k}" for k in range(100_000)]}), SCHEMA_PARAM, "invalid_json_schema"
     ),
     "slow": (formatted(SLOW), SCHEMA_PARAM, "invalid_json_schema"),
+    "prefixItems and additionalItems": (
+        formatted({"prefixItems": [{}], "additionalItems": False}), SCHEMA_PARAM, "invalid_json_schema"
+    ),
+    "prefixItems of an older draft": (
+        formatted({"$schema": "http://json-schema.org/draft-07/schema#", "items": {"prefixItems": [{}]}}),
+        SCHEMA_PARAM,
+        "invalid_json_schema",
+    ),
+    "a draft inside": (
+        formatted({"items": {"$schema": "http://json-schema.org/draft-07/schema#"}}),
+        SCHEMA_PARAM,
+        "invalid_json_schema",
+    ),
+    "unknown draft": (formatted({"$schema": "urn:x"}), SCHEMA_PARAM, "invalid_json_schema"),
     "600 optional properties": (
         formatted({"properties": {f"p{k}": True for k in range(600)}, "type": "object"}),
         SCHEMA_PARAM,
@@ -205,6 +219,11 @@ def test_a_10000_deep_schema_is_refused(served: Served) -> None:
     ("body", "accepted", "refused"),
     [
         (formatted(SCHEMA), ['{"a":1}', '{ "a": -20\n}'], ['{"a":1.5}', "{}", ' {"a":1}', '{  "a":1}', "[]"]),
+        (
+            formatted({"type": "object", "properties": {"a": {"type": "integer"}}}),
+            ['{"a":1,"b":"x"}', '{"b\\n\\"é":"x"}'],
+            ['{"b":1,"\\u0061":"x"}', '{"b":1,"a":"x"}'],
+        ),
         (formatted(True), ["3", "null", '"x"', '{"a": []}'], ["", "nul"]),
         (formatted(SCHEMA, strict=False, description="d"), ['{"a":1}'], ["{}"]),
         (chat(response_format={"type": "json_object"}), ["{}", '{"a": [1, {}]}'], ["[]", "3"]),
