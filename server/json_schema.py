@@ -7,6 +7,7 @@ too much or that it gets wrong.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,8 @@ _ANNOTATIONS = {
 _ONE_SCHEMA = ("items", "additionalItems", "additionalProperties")
 _LIST_OF_SCHEMAS = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
 _MAP_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_UNSAYABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+"""JSON needs a numbered escape for them, which answers do not use (see server/grammar_worker.py)."""
 
 
 def check_json_schema(schema: object, param: str) -> None:
@@ -62,8 +65,25 @@ def _check_keywords(node: dict[str, Any], path: str, param: str) -> None:
             raise _invalid(param, f"$schema{_at(path)} is only supported at the top")
         if keyword == "prefixItems" and ("additionalItems" in node or isinstance(node.get("items"), list)):
             raise _invalid(param, f"prefixItems{_at(path)} is not supported beside what older drafts had instead")
+        if any(_UNSAYABLE.search(text) for text in _literals(keyword, value)):
+            raise _invalid(param, f"{keyword}{_at(path)} holds a control character, which no answer can hold")
         if keyword == "minProperties" and value not in (0, 1):
             raise _invalid(param, f"minProperties{_at(path)} above 1 is not supported")
+
+
+def _literals(keyword: str, value: object) -> Iterator[str]:
+    """All texts that a keyword puts into answers."""
+    if keyword == "properties" and isinstance(value, dict):
+        yield from value
+    pending = [value] if keyword in ("enum", "const", "required") else []
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list):
+            pending += item
+        elif isinstance(item, dict):
+            pending += [*item, *item.values()]
 
 
 def _children(node: dict[str, Any], path: str) -> Iterator[tuple[object, str]]:

@@ -82,6 +82,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         SCHEMA_PARAM,
         "invalid_json_schema",
     ),
+    "control character in an enum": (formatted({"enum": [["0\x07"]]}), SCHEMA_PARAM, "invalid_json_schema"),
+    "control character in a name": (formatted({"properties": {"\x7f": {}}}), SCHEMA_PARAM, "invalid_json_schema"),
     "a draft inside": (
         formatted({"items": {"$schema": "http://json-schema.org/draft-07/schema#"}}),
         SCHEMA_PARAM,
