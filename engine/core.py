@@ -16,6 +16,7 @@ from engine.block_manager import BlockManager
 from engine.device import resolve_device, resolve_dtype
 from engine.encoder_cache import EncoderCache
 from engine.errors import EngineStartError, RequestError
+from engine.guidance import Guidance
 from engine.memory import num_kv_blocks
 from engine.messages import (
     EngineArgs,
@@ -31,11 +32,20 @@ from engine.model_runner import ModelRunner, StepResult
 from engine.scheduler import SampledToken, Scheduler, SchedulerOutput
 from engine.sequence import Sequence, choice_seed
 from model.attention import select_backend
-from model.config import MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES, Qwen2AudioConfig, num_audio_tokens
+from model.config import (
+    MAX_AUDIO_SAMPLES,
+    MAX_MEL_FRAMES,
+    GenerationConfig,
+    Qwen2AudioConfig,
+    num_audio_tokens,
+)
 from model.errors import ModelError
 from model.loader import Progress, load_model
 
 logger = logging.getLogger(__name__)
+
+COMPILE_WAIT_SECONDS = 0.01
+"""How long a step without work waits for a grammar before it looks for messages again."""
 
 MAX_FAILED_STEPS = 3
 """Steps in a row in which nothing at all could be computed: then the device is to blame, not a request."""
@@ -68,8 +78,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would compute something."""
-        return self.scheduler.has_work
+        """Whether `step` would compute something, or soon will."""
+        return self.scheduler.has_work or self.runner.guidance.is_compiling
 
     @property
     def stats(self) -> EngineStats:
@@ -81,23 +91,41 @@ class EngineCore:
         self._check(request)
         given = request.sampling.seed
         seed = self._seeds.getrandbits(63) if given is None else given
-        for index in range(request.n):
-            self.scheduler.add(Sequence(request, choice_seed(seed, index), index))
+        choices = [Sequence(request, choice_seed(seed, index), index) for index in range(request.n)]
+        if request.sampling.grammar is not None:
+            self.runner.guidance.compile(choices)
+            return
+        for sequence in choices:
+            self.scheduler.add(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Forget a request, or one of its choices. Fine when it has just ended."""
+        self.runner.guidance.abort(request_id)
         for sequence_id in self.scheduler.abort(request_id, index):
             self.runner.release(sequence_id)
 
     def step(self) -> list[EngineOutput]:
         """Compute one step. -> what it gave, one output at most for each choice."""
+        refused = self._add_compiled()
         plan = self.scheduler.schedule()
         result = self._execute(plan)
-        outputs = self.scheduler.update(plan, result.sampled, result.failed_clips)
+        sampled = self.runner.guidance.advance(result.sampled)
+        outputs = refused + self.scheduler.update(plan, sampled, result.failed_clips)
         for output in outputs:
             if output.finish_reason is not None:
                 self.runner.release(output.sequence_id)
         return outputs
+
+    def _add_compiled(self) -> list[EngineOutput]:
+        """Queue the sequences whose grammars are ready. -> the last words of those that have none."""
+        refused = []
+        wait_s = 0.0 if self.scheduler.has_work else COMPILE_WAIT_SECONDS
+        for sequence, error in self.runner.guidance.take_compiled(wait_s):
+            if error:
+                refused.append(failed(sequence.request_id, error, sequence.index))
+            else:
+                self.scheduler.add(sequence)
+        return refused
 
     def _execute(self, plan: SchedulerOutput) -> StepResult:
         """Run a plan; when that raises, run its sequences one at a time, so that only the culprit ends."""
@@ -151,7 +179,7 @@ class EngineCore:
         _check_sampling(request.sampling, self.info.vocab_size)
         if not 1 <= request.n <= MAX_CHOICES:
             raise RequestError(f"n must be 1 to {MAX_CHOICES}")
-        if self.scheduler.knows(request.request_id):
+        if self.scheduler.knows(request.request_id) or self.runner.guidance.knows(request.request_id):
             raise RequestError("the request id is in use")
 
 
@@ -168,9 +196,9 @@ def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
         raise RequestError("max_tokens must be at least 1")
 
 
-def failed(request_id: str, reason: str) -> EngineOutput:
-    """The only and last output of a request that the engine refuses."""
-    return EngineOutput(request_id, finish_reason=FinishReason.ERROR, error=reason)
+def failed(request_id: str, reason: str, index: int = 0) -> EngineOutput:
+    """The only and last output of a request, or of one of its choices, that the engine refuses."""
+    return EngineOutput(request_id, index=index, finish_reason=FinishReason.ERROR, error=reason)
 
 
 def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
@@ -210,7 +238,11 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         max_num_seqs=args.max_num_seqs,
         load_seconds=time.monotonic() - started,
     )
-    return EngineCore(ModelRunner(model, num_blocks, block_size, args.max_num_seqs), scheduler, info, args.seed)
+    guidance = Guidance(
+        folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
+    )
+    runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
+    return EngineCore(runner, scheduler, info, args.seed)
 
 
 def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
+from server.constraints import JsonObjectFormat, JsonSchemaFormat, ResponseFormat, StructuredOutputs
 from server.parameters import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -20,6 +21,7 @@ from server.parameters import (
     check_refused,
     refused,
 )
+from server.strict_model import StrictModel
 
 MAX_STOP_CHARS = 1024
 """Of one stop string; the text held back while it may be beginning is as long."""
@@ -38,12 +40,6 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-
-
-class StrictModel(BaseModel):
-    """What all parts of a request share."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True, protected_namespaces=())
 
 
 class InputAudio(StrictModel):
@@ -209,6 +205,8 @@ class GenerationRequest(StrictModel):
     """Lower goes first."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Only requests with the same salt share what is computed of their audio."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -220,6 +218,10 @@ class GenerationRequest(StrictModel):
         if limit is not None and self.min_tokens is not None and self.min_tokens > limit:
             message = f"Invalid 'min_tokens': it must not be above the token limit of {limit}."
             raise refused("min_tokens", message, "invalid_value")
+        constrains = isinstance(self.response_format, JsonObjectFormat | JsonSchemaFormat)
+        if constrains and self.structured_outputs is not None:
+            message = "The answer cannot follow both 'response_format' and 'structured_outputs'."
+            raise refused("structured_outputs", message, "invalid_value")
         return self
 
     @property

@@ -26,6 +26,7 @@ from server.replies import Reply
 from server.sampling import sampling_params
 from server.schema import GenerationRequest
 from server.streaming import EventStream
+from server.structured import GrammarCompiler, compile_constraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Serving:
     engine: EngineClient
     prompts: PromptBuilder
     media: MediaLoader
+    grammars: GrammarCompiler
     defaults: GenerationConfig
     """Sampling defaults, end-of-sequence ids included."""
     keep_alive_s: float | None
@@ -60,13 +62,14 @@ class Serving:
         self, request: GenerationRequest, prompts: Sequence[tuple[Prompt, Sequence[Clip]]], reply: Reply
     ) -> Response:
         """The same for several prompts: choice k of prompt p has the index p * n + k."""
+        grammar = await compile_constraint(self.grammars, request)
         usage = Usage(
             sum(len(prompt.token_ids) for prompt, _ in prompts),
             sum(prompt.num_audio_tokens for prompt, _ in prompts),
         )
         num_choices = len(prompts) * request.num_choices
         generations = [
-            self._generation(request, prompt, clips, usage, index * request.num_choices)
+            self._generation(request, prompt, clips, usage, first_index=index * request.num_choices, grammar=grammar)
             for index, (prompt, clips) in enumerate(prompts)
         ]
         if request.token_limit == 0:
@@ -91,7 +94,14 @@ class Serving:
         )
 
     def _generation(
-        self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], usage: Usage, first_index: int
+        self,
+        request: GenerationRequest,
+        prompt: Prompt,
+        clips: Sequence[Clip],
+        usage: Usage,
+        *,
+        first_index: int,
+        grammar: str | None,
     ) -> Generation:
         info = self.engine.info
         sampling = sampling_params(
@@ -99,6 +109,7 @@ class Serving:
             self.defaults,
             room=info.max_model_len - len(prompt.token_ids),
             vocab_size=info.vocab_size,
+            grammar=grammar,
         )
         show_special = request.skip_special_tokens is False
         return Generation(

@@ -1,0 +1,11 @@
+"""The base of all parts of a request: strict types, no NaN, unknown keys passed over."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class StrictModel(BaseModel):
+    """What all parts of a request share."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True, protected_namespaces=())
