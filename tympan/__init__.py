@@ -1,6 +1,6 @@
-"""Tympan without a server: lists of conversations from Python (`LLM`).
+"""Tympan without a server: a batch of conversations from Python (`LLM`), a file of requests (`tympan.batch`).
 
-It drives the server's own application in memory, so that a parameter, a check or a message is the same here and
+Both drive the server's own application in memory, so that a parameter, a check or a message is the same here and
 over HTTP. Nothing else imports this package.
 """
 
