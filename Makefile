@@ -46,7 +46,7 @@ $(CLIENTS)/%/.done: tests/clients/%.txt
 	@touch $@
 
 $(CLIENTS)/node/.done: tests/clients/package.json
-	@command -v node npm >/dev/null || { echo "The client for Node needs node and npm (20 or later): install them first"; exit 1; }
+	@command -v node npm >/dev/null || { echo "The client for Node needs node and npm: install them first"; exit 1; }
 	rm -rf $(@D) && mkdir -p $(@D) && cp $< $(@D)
 	npm install --prefix $(@D) --silent --no-audit --no-fund
 	@touch $@

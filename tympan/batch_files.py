@@ -7,6 +7,7 @@ is one write, so that a kill can tear the last one only.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ _BLOCK = 1 << 20
 
 
 class ResultFileError(Exception):
-    """The result file holds something else; nothing was written."""
+    """The result file holds something else or is in use; nothing was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +152,15 @@ class ResultFile:
     def open(cls, path: Path) -> Self:
         """Take up the file of an earlier run, or begin one.
 
-        Raises OSError, and ResultFileError when the file holds anything but results.
+        Raises OSError, and ResultFileError when the file holds anything but results or another run has it.
         """
-        answered: set[str] = set()
-        if path.exists():
-            answered, is_clean = _read_results(path)
-            if not is_clean:
-                _keep_answers(path)
-        return cls(path.open("ab", buffering=0), answered)
+        file = _open_alone(path)
+        answered, is_clean = _read_results(path)
+        if not is_clean:
+            _keep_answers(path)
+            with file:  # the file before: locked until the new one is
+                file = _open_alone(path)
+        return cls(file, answered)
 
     def write(
         self,
@@ -182,6 +184,16 @@ class ResultFile:
         """Bring all of it to the disk."""
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    file = path.open("ab", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ResultFileError(f"{path} is being written by another run") from None
+    return file
 
 
 def _read_results(path: Path) -> tuple[set[str], bool]:

@@ -187,3 +187,18 @@ def test_a_file_of_something_else_is_not_touched(text: bytes, tmp_path: Path) ->
     with pytest.raises(ResultFileError, match="line 2"):
         ResultFile.open(path)
     assert path.read_bytes() == before
+
+
+def test_two_runs_never_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    for text in (b"", b'{"torn'):
+        path.write_bytes(text)
+        first = ResultFile.open(path)
+        with pytest.raises(ResultFileError, match="another run"):
+            ResultFile.open(path)
+        first.write("a", response=ok())
+        first.close()
+        assert ids(path) == ["a"]
+        second = ResultFile.open(path)
+        assert second.answered == {"a"}
+        second.close()
