@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,11 @@ async def run_batch(target: Target, requests: Path, results: ResultFile, *, show
 async def _items(
     path: Path, answered: set[str], target: Target, budget: ByteBudget
 ) -> AsyncIterator[BatchRequest | LineError]:
-    """Lines as there is room for them, read and parsed in a worker thread."""
-    with path.open("rb") as file:
+    """Lines as there is room for them, read and parsed in one worker thread: each thread keeps memory of its own."""
+    loop = asyncio.get_running_loop()
+    with path.open("rb") as file, ThreadPoolExecutor(1, thread_name_prefix="requests") as reader:
         requests = read_requests(file, answered, target.max_body_bytes)
-        while (item := await asyncio.to_thread(next, requests, None)) is not None:
+        while (item := await loop.run_in_executor(reader, next, requests, None)) is not None:
             await budget.take(item.size)
             yield item
 

@@ -24,6 +24,7 @@ async def run_pool(items: AsyncIterator[T], work: Callable[[T], Awaitable[None]]
             if item is end:
                 return
             await work(item)  # type: ignore[arg-type]
+            del item  # not to be kept while waiting for the next turn
 
     try:
         async with asyncio.TaskGroup() as group:

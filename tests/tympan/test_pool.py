@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 
 import pytest
@@ -36,6 +37,27 @@ def test_every_item_once_and_so_many_at_once(count: int, width: int, yields: lis
 
     asyncio.run(run_pool(items(), work, width))
     assert sorted(done) == list(range(count))
+
+
+def test_an_item_is_let_go_when_its_work_is_done() -> None:
+    class Item:
+        """A request of megabytes, say."""
+
+    alive: weakref.WeakSet[Item] = weakref.WeakSet()
+
+    async def items() -> AsyncIterator[Item]:
+        for _ in range(50):
+            assert len(alive) == 0
+            item = Item()
+            alive.add(item)
+            yield item
+            del item
+
+    async def work(_: Item) -> None:
+        await asyncio.sleep(0)
+
+    asyncio.run(run_pool(items(), work, 1))
+    assert not alive
 
 
 def test_the_first_failure_cancels_the_rest() -> None:
