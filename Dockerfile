@@ -28,6 +28,7 @@ COPY engine engine
 COPY model model
 COPY audio audio
 COPY configs configs
+COPY tympan tympan
 COPY checkpoints/tympan-tiny checkpoints/tympan-tiny
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HOME=/cache TYMPAN_HOST=0.0.0.0
 USER tympan

@@ -8,8 +8,9 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .clients
 
-.PHONY: help setup serve test lint types check clean
+.PHONY: help setup serve test clients lint types check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +37,20 @@ serve: setup ## serve the bundled checkpoint on port 8000; make serve ARGS="--po
 test: $(VENV)/.dev ## run the tests; make test ARGS="-k scheduler"
 	$(BIN)/python -m pytest $(ARGS)
 
+clients: $(VENV)/.dev $(CLIENTS)/openai3/.done $(CLIENTS)/openai2/.done $(CLIENTS)/node/.done ## run real clients against a server
+	$(BIN)/python -m pytest tests/clients -m clients $(ARGS)
+
+$(CLIENTS)/%/.done: tests/clients/%.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+$(CLIENTS)/node/.done: tests/clients/package.json
+	@command -v node npm >/dev/null || { echo "The client for Node needs node and npm: install them first"; exit 1; }
+	rm -rf $(@D) && mkdir -p $(@D) && cp $< $(@D)
+	npm install --prefix $(@D) --silent --no-audit --no-fund
+	@touch $@
+
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +58,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types test ## what CI runs
+check: lint types test ## lint, types and tests
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

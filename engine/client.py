@@ -15,11 +15,14 @@ import atexit
 import importlib
 import multiprocessing
 import queue
+import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from types import ModuleType
 from typing import Protocol, Self
 
 from engine import channel
@@ -191,7 +194,8 @@ class ProcessEngineClient(_QueueClient):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_child, args=(args, theirs), name="tympan-engine", daemon=True)
-        process.start()
+        with _nameless_main():
+            process.start()
         theirs.close()
         try:
             first = await asyncio.to_thread(channel.receive, ours)
@@ -266,6 +270,20 @@ class InlineEngineClient(_QueueClient):
         self._send(Shutdown())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
+
+
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """A child that is spawned meanwhile leaves the program's main module alone.
+
+    Else it would run it once more, and a script without a `__main__` guard would start engines without end.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _child(args: EngineArgs, connection: Connection) -> None:

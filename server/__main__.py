@@ -60,14 +60,22 @@ def main() -> int:
 
 async def _run(settings: Settings) -> int:
     listener = _listen(settings.host, settings.port)  # before minutes go into loading
-    checkpoint = resolve_checkpoint(
-        settings.model or str(BUNDLED_CHECKPOINT), settings.revision, settings.download_dir
-    )
-    engine = await ProcessEngineClient.start(_engine_args(settings, checkpoint))
+    engine, checkpoint = await start_engine(settings)
     try:
         return await _serve(settings, engine, checkpoint, listener)
     finally:
         await engine.close()
+
+
+async def start_engine(settings: Settings) -> tuple[ProcessEngineClient, Path]:
+    """Find the checkpoint, and run it in a process. -> the engine, the checkpoint's folder.
+
+    Raises ModelError and EngineStartError.
+    """
+    checkpoint = resolve_checkpoint(
+        settings.model or str(BUNDLED_CHECKPOINT), settings.revision, settings.download_dir
+    )
+    return await ProcessEngineClient.start(_engine_args(settings, checkpoint)), checkpoint
 
 
 async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, listener: socket.socket) -> int:
