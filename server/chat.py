@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from starlette.responses import Response
 
 from server.chat_template import AUDIO, Turn
 from server.media import ClipRef
 from server.replies import ChatReply
-from server.schema import AudioPart, ChatRequest, Message, TextPart
+from server.schema import AnyMessage, AudioPart, ChatRequest, Message
 from server.serving import Serving
+from server.text_content import TextPart, texts_of
+from server.tool_messages import CallingMessage, ToolMessage
 
 
 async def complete_chat(serving: Serving, request: ChatRequest) -> Response:
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
     clips = await serving.media.load(_clip_refs(request.messages))
+    turns = [_turn(message) for message in request.messages]
+    tools = request.tool_plan
     prompt = await asyncio.to_thread(
-        serving.prompts.chat, [_turn(message) for message in request.messages], [clip.num_tokens for clip in clips]
+        serving.prompts.chat, turns, [clip.num_tokens for clip in clips], tools.functions
     )
     reply = ChatReply(model, serving.prompts.tokenizer, logprobs=request.num_logprobs is not None)
-    return await serving.answer(request, prompt, clips, reply)
+    return await serving.answer(request, prompt, clips, reply, tools)
 
 
-def _clip_refs(messages: list[Message]) -> list[ClipRef]:
+def _clip_refs(messages: Sequence[AnyMessage]) -> list[ClipRef]:
     return [
         ClipRef(part, f"messages[{turn}].content[{index}]")
         for turn, message in enumerate(messages)
-        if not isinstance(message.content, str)
+        if isinstance(message, Message) and not isinstance(message.content, str)
         for index, part in enumerate(message.content)
         if isinstance(part, AudioPart)
     ]
 
 
-def _turn(message: Message) -> Turn:
+def _turn(message: AnyMessage) -> Turn:
     """A message as templates know it: `developer` is OpenAI's newer word for `system`."""
+    if isinstance(message, CallingMessage):
+        calls = tuple(call.called() for call in message.tool_calls)
+        return Turn(message.role, texts_of(message.content), calls)
+    if isinstance(message, ToolMessage):
+        return Turn(message.role, texts_of(message.content), call_id=message.tool_call_id)
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return Turn(role, message.content)

@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from engine.client import EngineClient
 from engine.errors import EngineDeadError
 from engine.messages import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from server.detokenizer import IncrementalDetokenizer
+from server.tool_parser import CallDelta, StreamingToolParser
+
+TOOL_CALLS: Final = "tool_calls"
+"""The finish reason of an answer that ended with calls."""
 
 
 @dataclass(slots=True)
@@ -44,9 +48,12 @@ class Delta:
     text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the tokens since the last delta, when asked for. Their text may have been held back till now."""
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
+    """FinishReason, or TOOL_CALLS."""
     stop_reason: str | int | None = None
     """The stop string or token id of the request's own that ended the answer."""
+    calls: tuple[CallDelta, ...] = ()
+    """What tool calls grew by, after the text."""
 
 
 @dataclass(slots=True)
@@ -61,6 +68,8 @@ class Generation:
     """Ends that are nobody's stop token: they have no stop reason."""
     show_stop_token: bool = False
     """Whether the text keeps the token that ended it."""
+    tool_parser: StreamingToolParser | None = None
+    """Finds calls in the text, where there may be some."""
     _pending: list[TokenLogprobs] = field(default_factory=list)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -71,7 +80,7 @@ class Generation:
         async with aclosing(self.engine.generate(self.request)) as outputs:
             async for output in outputs:
                 delta = self._take(output)
-                if delta.text or delta.finish_reason:
+                if delta.text or delta.calls or delta.finish_reason:
                     yield delta
                 if delta.finish_reason:
                     return
@@ -90,14 +99,33 @@ class Generation:
             if self.detokenizer.stop_string is not None:
                 return self._finish(text, FinishReason.STOP, self.detokenizer.stop_string)
         if output.finish_reason is None:
-            return Delta(text, self._take_logprobs() if text else ())
+            return self._grow(text)
         text += self.detokenizer.finish()
         stop_id = None if output.stop_token_id in self.eos_token_ids else output.stop_token_id
         reason = FinishReason.STOP if self.detokenizer.stop_string is not None else output.finish_reason
         return self._finish(text, reason, self.detokenizer.stop_string or stop_id)
 
+    def _grow(self, text: str) -> Delta:
+        if self.tool_parser is None:
+            return Delta(text, self._take_logprobs() if text else ())
+        parsed = self.tool_parser.feed(text)
+        if self.tool_parser.is_done:
+            return Delta(parsed.text, self._take_logprobs(), TOOL_CALLS, calls=parsed.calls)
+        is_visible = parsed.text or parsed.calls
+        return Delta(parsed.text, self._take_logprobs() if is_visible else (), calls=parsed.calls)
+
     def _finish(self, text: str, reason: FinishReason, stop_reason: str | int | None) -> Delta:
-        return Delta(text, self._take_logprobs(), reason, stop_reason)
+        if self.tool_parser is None:
+            return Delta(text, self._take_logprobs(), reason, stop_reason)
+        parsed, rest = self.tool_parser.feed(text), self.tool_parser.finish()
+        has_calls = reason is FinishReason.STOP and self.tool_parser.num_calls
+        return Delta(
+            parsed.text + rest.text,
+            self._take_logprobs(),
+            TOOL_CALLS if has_calls else reason,
+            stop_reason,
+            parsed.calls,
+        )
 
     def _take_logprobs(self) -> tuple[TokenLogprobs, ...]:
         taken = tuple(self._pending)
@@ -109,8 +137,10 @@ async def collect(generation: Generation) -> Delta:
     """The whole answer as one delta. Raises as `Generation.deltas`."""
     text: list[str] = []
     logprobs: list[TokenLogprobs] = []
+    calls: list[CallDelta] = []
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             text.append(delta.text)
             logprobs += delta.logprobs
-    return Delta("".join(text), tuple(logprobs), delta.finish_reason, delta.stop_reason)
+            calls += delta.calls
+    return Delta("".join(text), tuple(logprobs), delta.finish_reason, delta.stop_reason, tuple(calls))

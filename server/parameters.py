@@ -26,7 +26,7 @@ class Refusal:
     harmless: tuple[JsonValue, ...] = ()
 
 
-_NO_TOOLS = "tools are not supported"
+_OLD_TOOLS = "functions were replaced by tools"
 _NO_CONSTRAINT = "constrained output is not supported"
 _NO_OVERRIDE = "requests cannot override how the server renders prompts or reads media"
 _NOT_HERE = "it is not supported by this server"
@@ -65,13 +65,11 @@ REFUSED_IN_CHAT: Mapping[str, Refusal] = {
     "chat_template": Refusal(_NO_OVERRIDE),
     "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
     "documents": Refusal(_NOT_HERE, ([],)),
-    "function_call": Refusal(_NO_TOOLS, ("none", "auto")),
-    "functions": Refusal(_NO_TOOLS, ([],)),
+    "function_call": Refusal(_OLD_TOOLS, ("none", "auto")),
+    "functions": Refusal(_OLD_TOOLS, ([],)),
     "modalities": Refusal("the model writes text only", (["text"],)),
     "moderation": Refusal(_NOT_HERE),
     "prediction": Refusal(_NOT_HERE),
-    "tool_choice": Refusal(_NO_TOOLS, ("none", "auto")),
-    "tools": Refusal(_NO_TOOLS, ([],)),
     "web_search_options": Refusal("the server reaches no web search"),
 }
 
@@ -83,15 +81,14 @@ REFUSED_IN_COMPLETIONS: Mapping[str, Refusal] = {
 
 REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {
     "audio": Refusal("earlier answers have no audio here"),
-    "function_call": Refusal(_NO_TOOLS),
-    "tool_calls": Refusal(_NO_TOOLS, ([],)),
+    "function_call": Refusal(_OLD_TOOLS),
+    "tool_calls": Refusal("only assistant messages have them", ([],)),
 }
 
 IGNORED: frozenset[str] = frozenset(
     {
         "include_reasoning",
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",

@@ -19,6 +19,8 @@ from jinja2 import TemplateError
 from server.chat_template import AUDIO, ChatTemplate, Span, Turn
 from server.errors import ApiError, bad_request
 from server.tokenizer import Tokenizer
+from server.tool_plan import Function
+from server.tool_prompt import fold_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,18 @@ class PromptBuilder:
     audio_token_id: int
     max_model_len: int
 
-    def chat(self, turns: Sequence[Turn], clip_tokens: Sequence[int]) -> Prompt:
+    def chat(self, turns: Sequence[Turn], clip_tokens: Sequence[int], functions: Sequence[Function] = ()) -> Prompt:
         """Render a conversation whose AUDIO parts are clips of so many tokens each, in order.
 
-        Raises ApiError: too long, or the template refuses the conversation.
+        `functions` are what the answer may call. Raises ApiError: too long, or the template refuses the
+        conversation.
         """
-        texts = (
-            text for turn in turns for text in ([turn.content] if isinstance(turn.content, str) else turn.content)
-        )
-        self._check_size(sum(len(text) for text in texts if text is not AUDIO), "messages")
+        folded = fold_tools(turns, functions)
+        self._check_size(sum(map(_num_chars, folded)), "messages")
         try:
-            spans = self.template.render(turns)
+            spans = (
+                self.template.render(turns, functions) if self.template.has_tools else self.template.render(folded)
+            )
         except TemplateError as error:
             raise bad_request(f"The chat template refuses these messages: {str(error)[:200]}", "messages") from None
         return self._expand(self._encode(spans), clip_tokens, "messages")
@@ -108,3 +111,8 @@ class PromptBuilder:
             f"However, your {param} resulted in {num_tokens} tokens. Please reduce the length of the {param}."
         )
         return bad_request(message, param, "context_length_exceeded")
+
+
+def _num_chars(turn: Turn) -> int:
+    texts = [turn.content] if isinstance(turn.content, str) else turn.content
+    return sum(len(text) for text in texts if text is not AUDIO)

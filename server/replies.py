@@ -15,6 +15,7 @@ from typing import Any
 from engine.messages import TokenLogprobs
 from server.generation import Delta, Usage
 from server.tokenizer import Tokenizer
+from server.tool_parser import CallDelta, joined_calls
 
 Body = dict[str, Any]
 
@@ -40,7 +41,7 @@ class Reply(ABC):
 
     def whole(self, answer: Delta, usage: Usage) -> Body:
         """The answer in one body."""
-        choice = self._choice(answer, self._whole_text(answer.text))
+        choice = self._choice(answer, self._whole_text(answer))
         return {**self._head, "object": self.whole_object, "choices": [choice], "usage": usage.to_json()}
 
     def opening(self) -> Body | None:
@@ -49,7 +50,7 @@ class Reply(ABC):
 
     def chunk(self, delta: Delta) -> Body:
         """One piece of the answer."""
-        return self._chunk([self._choice(delta, self._delta_text(delta.text))])
+        return self._chunk([self._choice(delta, self._delta_text(delta))])
 
     def usage_chunk(self, usage: Usage) -> Body:
         """The chunk after the last piece, when asked for."""
@@ -67,10 +68,10 @@ class Reply(ABC):
         return self._tokenizer.bytes_of(token_id).decode(errors="replace")
 
     @abstractmethod
-    def _whole_text(self, text: str) -> Body: ...
+    def _whole_text(self, answer: Delta) -> Body: ...
 
     @abstractmethod
-    def _delta_text(self, text: str) -> Body: ...
+    def _delta_text(self, delta: Delta) -> Body: ...
 
     @abstractmethod
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body: ...
@@ -87,11 +88,22 @@ class ChatReply(Reply):
         opening = {"role": "assistant", "content": "", "refusal": None}
         return self._chunk([self._choice(Delta(), {"delta": opening})])
 
-    def _whole_text(self, text: str) -> Body:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _whole_text(self, answer: Delta) -> Body:
+        calls = joined_calls(answer.calls)
+        message = {"role": "assistant", "content": answer.text or (None if calls else ""), "refusal": None}
+        return {"message": message | {"tool_calls": [self._call(call) for call in calls]} if calls else message}
 
-    def _delta_text(self, text: str) -> Body:
-        return {"delta": {"content": text} if text else {}}
+    def _delta_text(self, delta: Delta) -> Body:
+        content: Body = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            content["tool_calls"] = [{"index": call.index, **self._call(call)} for call in joined_calls(delta.calls)]
+        return {"delta": content}
+
+    def _call(self, call: CallDelta) -> Body:
+        if not call.name:
+            return {"function": {"arguments": call.arguments}}
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": call.id, "type": "function", "function": function}
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body:
         content = [
@@ -118,11 +130,11 @@ class CompletionReply(Reply):
     _text_offset = 0
     """Characters of the tokens listed so far."""
 
-    def _whole_text(self, text: str) -> Body:
-        return {"text": text}
+    def _whole_text(self, answer: Delta) -> Body:
+        return {"text": answer.text}
 
-    def _delta_text(self, text: str) -> Body:
-        return {"text": text}
+    def _delta_text(self, delta: Delta) -> Body:
+        return {"text": delta.text}
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body:
         offsets = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from server.parameters import (
     REFUSED_IN_CHAT,
@@ -20,11 +20,14 @@ from server.parameters import (
     check_refused,
     refused,
 )
+from server.strict_model import MAX_ITEMS, StrictModel
+from server.text_content import TextPart
+from server.tool_messages import CallingMessage, ToolMessage, check_results
+from server.tool_plan import ToolPlan
+from server.tool_schema import MAX_TOOLS, Tool, ToolChoice, tool_plan
 
 MAX_STOP_CHARS = 1024
 """Of one stop string; the text held back while it may be beginning is as long."""
-MAX_ITEMS = 4096
-"""Of messages, parts and token lists: no context holds more that means something."""
 MAX_COUNT = 2**31 - 1
 """Of token counts: far above any context, and small enough for every tensor type."""
 
@@ -34,12 +37,6 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-
-
-class StrictModel(BaseModel):
-    """What all parts of a request share."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True, protected_namespaces=())
 
 
 class InputAudio(StrictModel):
@@ -56,11 +53,6 @@ class AudioUrl(StrictModel):
 
     url: str
     """http:, https: or data:."""
-
-
-class TextPart(StrictModel):
-    type: Literal["text"] = "text"
-    text: str
 
 
 class InputAudioPart(StrictModel):
@@ -159,6 +151,22 @@ class Message(StrictModel):
         return self
 
 
+def _message_tag(message: object) -> str:
+    if not isinstance(message, Mapping):
+        return "<message>"
+    if message.get("role") == "tool":
+        return "<result>"
+    return "<calls>" if message.get("role") == "assistant" and message.get("tool_calls") else "<message>"
+
+
+AnyMessage = Annotated[
+    Annotated[Message, Tag("<message>")]
+    | Annotated[CallingMessage, Tag("<calls>")]
+    | Annotated[ToolMessage, Tag("<result>")],
+    Discriminator(_message_tag),
+]
+
+
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
 
@@ -239,11 +247,20 @@ class ChatRequest(GenerationRequest):
 
     refusals = REFUSED_IN_CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS)]
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS)]
     max_completion_tokens: Count | None = None
     """Wins over max_tokens, its older name."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        check_results(self.messages)
+        assert self.tool_plan is not None
+        return self
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
@@ -251,6 +268,11 @@ class ChatRequest(GenerationRequest):
             message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
             raise refused("top_logprobs", message, "invalid_value")
         return self
+
+    @property
+    def tool_plan(self) -> ToolPlan:
+        """What the answer may call. Raises PydanticCustomError, but not once the request is valid."""
+        return tool_plan(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def token_limit(self) -> int | None:

@@ -25,6 +25,7 @@ from server.replies import Reply
 from server.sampling import sampling_params
 from server.schema import GenerationRequest
 from server.streaming import EventStream
+from server.tool_plan import NO_TOOLS, ToolPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,15 @@ class Serving:
         return asked
 
     async def answer(
-        self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], reply: Reply
+        self,
+        request: GenerationRequest,
+        prompt: Prompt,
+        clips: Sequence[Clip],
+        reply: Reply,
+        tools: ToolPlan = NO_TOOLS,
     ) -> Response:
         """Generate, and answer whole or as a stream. Raises ApiError, RequestError, EngineDeadError."""
-        generation = self._generation(request, prompt, clips)
+        generation = self._generation(request, prompt, clips, tools)
         if not request.stream:
             answer = await collect(generation)
             return JSONResponse(reply.whole(answer, generation.usage))
@@ -71,7 +77,9 @@ class Serving:
             keep_alive_s=self.keep_alive_s,
         )
 
-    def _generation(self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip]) -> Generation:
+    def _generation(
+        self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], tools: ToolPlan
+    ) -> Generation:
         info = self.engine.info
         num_prompt_tokens = len(prompt.token_ids)
         sampling = sampling_params(
@@ -102,4 +110,5 @@ class Serving:
             usage=Usage(num_prompt_tokens, prompt.num_audio_tokens),
             eos_token_ids=frozenset(self.defaults.eos_token_ids),
             show_stop_token=bool(request.include_stop_str_in_output),
+            tool_parser=tools.parser(),
         )

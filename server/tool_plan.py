@@ -1,0 +1,50 @@
+"""What an answer may do with tools: which functions it may call, whether it must, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from server.tool_parser import StreamingToolParser
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function that may be called."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, JsonValue] | None = None
+    """A JSON schema of an object; None: no parameters."""
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """As chat templates are given it."""
+        function: dict[str, JsonValue] = {"name": self.name}
+        if self.description:
+            function["description"] = self.description
+        if self.parameters is not None:
+            function["parameters"] = dict(self.parameters)
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPlan:
+    """The tools of one request, as they were chosen. Without functions, tools play no part."""
+
+    functions: tuple[Function, ...] = ()
+    is_required: bool = False
+    """The answer is calls and nothing else."""
+    is_parallel: bool = True
+    """It may hold more than one call."""
+
+    def parser(self) -> StreamingToolParser | None:
+        """A reader for one answer, if there may be calls in it."""
+        if not self.functions:
+            return None
+        names = {function.name for function in self.functions}
+        return StreamingToolParser(names, is_eager=self.is_required, max_calls=None if self.is_parallel else 1)
+
+
+NO_TOOLS = ToolPlan()
