@@ -47,6 +47,8 @@ class SamplingParams:
     """Ids that end the answer, end-of-sequence ids included unless the request ignores them."""
     logprobs: int | None = None
     """None: none. n >= 0: the sampled token's, and the n best's, before temperature and penalties."""
+    grammar: str | None = None
+    """What the answer must match, as llguidance serializes it (server/structured.py makes it). None: anything."""
 
 
 @dataclass(frozen=True, slots=True)

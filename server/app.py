@@ -1,7 +1,7 @@
 """The application put together: settings and an engine in, an ASGI application out.
 
 The one place, with server/__main__.py, that reads the settings; what the other modules need is handed to them.
-Starts and stops nothing but the audio loader.
+Starts and stops nothing but the audio loader and the compiler of grammars.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from server.middleware import RequestScope, Traffic
 from server.prompt import PromptBuilder
 from server.routes import router
 from server.serving import Serving
+from server.structured import GrammarCompiler
 from server.tokenizer import Tokenizer
 
 MIB = 1 << 20
@@ -43,14 +44,16 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     Raises ConfigError when the checkpoint's tokenizer, template or configuration cannot be used.
     """
     loader = _audio_loader(settings)
+    serving = _serving(settings, engine, checkpoint, loader)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await loader.aclose()
+        serving.grammars.close()
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    app.state.serving = _serving(settings, engine, checkpoint, loader)
+    app.state.serving = serving
     app.state.traffic = Traffic()
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
@@ -75,6 +78,7 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader:
             max_model_len=engine.info.max_model_len,
         ),
         media=MediaLoader(loader, max_clips=settings.max_audio_clips),
+        grammars=GrammarCompiler(checkpoint, engine.info.vocab_size),
         defaults=_generation_defaults(settings, checkpoint, tokenizer),
         keep_alive_s=settings.sse_keep_alive_interval or None,
     )

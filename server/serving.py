@@ -25,6 +25,7 @@ from server.replies import Reply
 from server.sampling import sampling_params
 from server.schema import GenerationRequest
 from server.streaming import EventStream
+from server.structured import GrammarCompiler
 from server.tool_plan import NO_TOOLS, ToolPlan
 
 
@@ -37,6 +38,7 @@ class Serving:
     engine: EngineClient
     prompts: PromptBuilder
     media: MediaLoader
+    grammars: GrammarCompiler
     defaults: GenerationConfig
     """Sampling defaults, end-of-sequence ids included."""
     keep_alive_s: float | None

@@ -1,0 +1,140 @@
+"""Structured output: from a JSON schema, regex, choice or grammar to what the engine's matcher is made of.
+
+Sources are compiled by a process of its own (server/grammar_worker.py), started when first needed; one that takes
+too long or too much memory ends that process alone, and the next source gets a new one. Answers, refusals too, are
+kept for the sources seen last. Knows nothing of tokens: the grammar that comes back means the same to every
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from server.errors import bad_request
+from server.json_schema import check_json_schema
+
+MAX_SOURCE_CHARS = 128 << 10
+"""Of a schema, grammar or regex, or of all options of a choice."""
+MAX_CHOICES = 10_000
+CACHE_SIZE = 256
+"""Sources whose answer is kept."""
+TOO_COMPLEX = "it is too complex"
+
+_SOURCES = Path(__file__).resolve().parent.parent
+
+_CODES = {
+    "json_schema": "invalid_json_schema",
+    "regex": "invalid_regex",
+    "choice": "invalid_choice",
+    "grammar": "invalid_grammar",
+}
+
+
+class GrammarCompiler:
+    """Each method raises ApiError, a 400 with `param`, for a source that cannot be honoured."""
+
+    def __init__(self, checkpoint: Path, vocab_size: int) -> None:
+        self._command = [
+            sys.executable,
+            "-m",
+            "server.grammar_worker",
+            str(checkpoint.resolve() / "tokenizer.json"),
+            str(vocab_size),
+        ]
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._cache: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+
+    async def json_schema(self, schema: dict[str, Any] | bool, param: str) -> str:
+        """A grammar of the JSON texts that satisfy a schema, in compact form or with bounded white space."""
+        return await asyncio.to_thread(self._json_schema, schema, param)
+
+    async def json_object(self) -> str:
+        """A grammar of all JSON objects."""
+        return await self.json_schema({"type": "object"}, "response_format")
+
+    async def regex(self, pattern: str, param: str) -> str:
+        """A grammar of the texts that match a regex from end to end."""
+        return await asyncio.to_thread(self._compile, "regex", pattern, param)
+
+    async def choice(self, options: list[str], param: str) -> str:
+        """A grammar of a few texts."""
+        if not 0 < len(options) <= MAX_CHOICES:
+            message = f"Invalid '{param}': expected 1 to {MAX_CHOICES} choices."
+            raise bad_request(message, param, "invalid_choice")
+        return await asyncio.to_thread(self._compile, "choice", options, param)
+
+    async def grammar(self, text: str, param: str) -> str:
+        """A context-free grammar, in Lark's notation or GBNF."""
+        return await asyncio.to_thread(self._compile, "grammar", text, param)
+
+    def close(self) -> None:
+        """End the process. A later source starts a new one."""
+        with self._lock:
+            self._stop()
+
+    def _json_schema(self, schema: dict[str, Any] | bool, param: str) -> str:
+        check_json_schema(schema, param)
+        return self._compile("json_schema", schema, param)
+
+    def _compile(self, kind: str, source: Any, param: str) -> str:
+        line = json.dumps({"kind": kind, "source": source}).encode()
+        if len(line) > MAX_SOURCE_CHARS:
+            message = f"Invalid '{param}': too large. At most {MAX_SOURCE_CHARS} characters are accepted."
+            raise bad_request(message, param, _CODES[kind])
+        key = sha256(line).digest()
+        with self._lock:
+            answer = self._cache.get(key) or self._ask(line)
+            self._cache[key] = answer
+            self._cache.move_to_end(key)
+            if len(self._cache) > CACHE_SIZE:
+                self._cache.popitem(last=False)
+        if "error" in answer:
+            raise bad_request(f"Invalid '{param}': {answer['error']}.", param, _CODES[kind])
+        grammar: str = answer["grammar"]
+        return grammar
+
+    def _ask(self, line: bytes) -> dict[str, Any]:
+        """One source to the process and back. A process that ends instead of answering has refused the source."""
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(line + b"\n")
+            process.stdin.flush()
+            reply = process.stdout.readline()
+        except BrokenPipeError:
+            reply = b""
+        if not reply:
+            if process.wait() >= 0:
+                raise RuntimeError(f"the compiler of grammars ended with status {process.returncode}")
+            self._stop()  # killed by its own timer, or out of memory
+            return {"error": TOO_COMPLEX}
+        answer: dict[str, Any] = json.loads(reply)
+        if answer.pop("replace"):
+            self._stop()
+        return answer
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is not None:  # it ended while idle
+            self._stop()
+        if self._process is None:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_SOURCES
+            )
+        return self._process
+
+    def _stop(self) -> None:
+        """End the process and close its pipes."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.__exit__(None, None, None)
+            self._process = None
