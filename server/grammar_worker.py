@@ -63,11 +63,37 @@ def grammar(text: str) -> str:
     return LLMatcher.grammar_from_lark(text)
 
 
+def tool_calls(source: Any) -> str:
+    """Calls as server/tool_parser.py reads them; unless they are required, text alone or before them."""
+    lines = [
+        _CALLS[source["is_required"], source["is_parallel"]],
+        r"TEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/",
+        r'lead[suffix="<tool_call>"]: /(?s:.*)/',
+        r'call: "\n" '
+        + f"({' | '.join(f'call_{k}' for k in range(len(source['functions'])))})"
+        + r' "\n</tool_call>"',
+    ]
+    for k, (name, schema) in enumerate(source["functions"]):
+        head = json.dumps(f'{{"name": "{name}", "arguments": ')
+        whole = json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
+        lines += [f'call_{k}: {head} arguments_{k} "}}"', f"arguments_{k}: %json {whole}"]
+    return LLMatcher.grammar_from_lark("\n".join(lines))
+
+
+_CALLS = {
+    (True, True): r'start: "<tool_call>" call ("\n<tool_call>" call)*',
+    (True, False): r'start: "<tool_call>" call',
+    (False, True): r'start: TEXT | lead call ("\n<tool_call>" call)*',
+    (False, False): r"start: TEXT | lead call",
+}
+"""By whether calls are required, and whether there may be several."""
+
 _KINDS: dict[str, Callable[[Any], str]] = {
     "json_schema": json_schema,
     "regex": regex,
     "choice": choice,
     "grammar": grammar,
+    "tool_calls": tool_calls,
 }
 
 

@@ -23,7 +23,12 @@ SMALLEST_TOP_P = 1e-6
 
 
 def sampling_params(
-    request: GenerationRequest, defaults: GenerationConfig, *, room: int, vocab_size: int
+    request: GenerationRequest,
+    defaults: GenerationConfig,
+    *,
+    room: int,
+    vocab_size: int,
+    grammar: str | None = None,
 ) -> SamplingParams:
     """How to sample the answer to a request, whose prompt leaves `room` tokens of the context.
 
@@ -48,6 +53,7 @@ def sampling_params(
         seed=request.seed,
         stop_token_ids=tuple(dict.fromkeys((*eos_ids, *stop_ids))),
         logprobs=request.num_logprobs,
+        grammar=grammar,
     )
 
 

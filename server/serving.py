@@ -26,6 +26,7 @@ from server.sampling import sampling_params
 from server.schema import GenerationRequest
 from server.streaming import EventStream
 from server.structured import GrammarCompiler
+from server.tool_grammar import compile_calls
 from server.tool_plan import NO_TOOLS, ToolPlan
 
 
@@ -61,7 +62,8 @@ class Serving:
         tools: ToolPlan = NO_TOOLS,
     ) -> Response:
         """Generate, and answer whole or as a stream. Raises ApiError, RequestError, EngineDeadError."""
-        generation = self._generation(request, prompt, clips, tools)
+        grammar = await compile_calls(self.grammars, tools)
+        generation = self._generation(request, prompt, clips, tools, grammar)
         if not request.stream:
             answer = await collect(generation)
             return JSONResponse(reply.whole(answer, generation.usage))
@@ -80,7 +82,12 @@ class Serving:
         )
 
     def _generation(
-        self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], tools: ToolPlan
+        self,
+        request: GenerationRequest,
+        prompt: Prompt,
+        clips: Sequence[Clip],
+        tools: ToolPlan,
+        grammar: str | None,
     ) -> Generation:
         info = self.engine.info
         num_prompt_tokens = len(prompt.token_ids)
@@ -89,6 +96,7 @@ class Serving:
             self.defaults,
             room=info.max_model_len - num_prompt_tokens,
             vocab_size=info.vocab_size,
+            grammar=grammar,
         )
         show_special = request.skip_special_tokens is False
         return Generation(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _CODES = {
     "regex": "invalid_regex",
     "choice": "invalid_choice",
     "grammar": "invalid_grammar",
+    "tool_calls": "invalid_json_schema",
 }
 
 
@@ -75,6 +77,13 @@ class GrammarCompiler:
     async def grammar(self, text: str, param: str) -> str:
         """A context-free grammar, in Lark's notation or GBNF."""
         return await asyncio.to_thread(self._compile, "grammar", text, param)
+
+    async def tool_calls(
+        self, functions: Sequence[tuple[str, dict[str, Any]]], *, is_required: bool, is_parallel: bool
+    ) -> str:
+        """A grammar of answers that call functions, given by name and (checked) schema of their arguments."""
+        source = {"functions": functions, "is_required": is_required, "is_parallel": is_parallel}
+        return await asyncio.to_thread(self._compile, "tool_calls", source, "tools")
 
     def close(self) -> None:
         """End the process. A later source starts a new one."""

@@ -18,6 +18,10 @@ class Function:
     description: str = ""
     parameters: Mapping[str, JsonValue] | None = None
     """A JSON schema of an object; None: no parameters."""
+    is_strict: bool = False
+    """Calls follow the schema, whatever the model would rather write."""
+    place: str = "tools"
+    """Where in the request the parameters stand."""
 
     def to_json(self) -> dict[str, JsonValue]:
         """As chat templates are given it."""
@@ -39,12 +43,17 @@ class ToolPlan:
     is_parallel: bool = True
     """It may hold more than one call."""
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a grammar makes sure that calls are well-formed (server/tool_grammar.py)."""
+        return self.is_required or any(function.is_strict for function in self.functions)
+
     def parser(self) -> StreamingToolParser | None:
         """A reader for one answer, if there may be calls in it."""
         if not self.functions:
             return None
         names = {function.name for function in self.functions}
-        return StreamingToolParser(names, is_eager=self.is_required, max_calls=None if self.is_parallel else 1)
+        return StreamingToolParser(names, is_eager=self.is_constrained, max_calls=None if self.is_parallel else 1)
 
 
 NO_TOOLS = ToolPlan()

@@ -30,6 +30,7 @@ class FunctionDefinition(StrictModel):
     parameters: dict[str, JsonValue] | None = None
     """A JSON schema of an object. Omitted: no parameters."""
     strict: bool | None = None
+    """Whether calls must follow the schema where the choice is free; where a call is demanded they always do."""
 
     @field_validator("parameters")
     @classmethod
@@ -38,9 +39,9 @@ class FunctionDefinition(StrictModel):
             raise invalid_here("The parameters of a function must be a JSON schema of type 'object'.")
         return parameters
 
-    def function(self) -> Function:
-        """As the rest of the server knows it."""
-        return Function(self.name, self.description or "", self.parameters)
+    def function(self, place: str) -> Function:
+        """As the rest of the server knows it. `place`: where in the request this definition stands."""
+        return Function(self.name, self.description or "", self.parameters, bool(self.strict), f"{place}.parameters")
 
 
 class FunctionTool(StrictModel):
@@ -135,7 +136,11 @@ def tool_plan(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel:
 
     Raises PydanticCustomError: names given twice, a choice without tools or of a function that is not there.
     """
-    functions = [tool.function.function() for tool in tools or () if isinstance(tool, FunctionTool)]
+    functions = [
+        tool.function.function(f"tools[{index}].function")
+        for index, tool in enumerate(tools or ())
+        if isinstance(tool, FunctionTool)
+    ]
     check_unique(functions, "function.name")
     match choice:
         case NamedFunction():
@@ -177,9 +182,6 @@ def choose_tools(
     for name, where in allowed:
         if name not in names:
             raise refused(where, f"There is no function '{name[:64]}' in 'tools'.", "invalid_value")
-    if mode == "required":
-        message = "Unsupported value: a tool choice that demands a call is not supported yet."
-        raise refused("tool_choice", message, "unsupported_value")
     kept = {name for name, _ in allowed} or names
     return ToolPlan(
         functions=tuple(function for function in functions if function.name in kept) if mode != "none" else (),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from server.tokenizer import Tokenizer
 
@@ -23,6 +26,26 @@ WEATHER = {
     },
 }
 TIME = {"type": "function", "function": {"name": "get_time"}}
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+def calling(*calls: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": list(calls), **fields}
+
+
+def choose(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [choose(name) for name in names]}}
+
+
+STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+ANY = function(name="get_time", parameters={})
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 TIME_CALL = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
 
@@ -158,9 +181,7 @@ def test_choice_none_means_no_tools(served: Served, tokenizer: Tokenizer) -> Non
 
 def test_allowed_tools_are_the_only_ones(served: Served, tokenizer: Tokenizer) -> None:
     served.say(f"{CALL}\n{TIME_CALL}")
-    named = [{"type": "function", "function": {"name": "get_time"}}]
-    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": named}}
-    message = create(served, tool_choice=allowed).choices[0].message
+    message = create(served, tool_choice=allowed("auto", "get_time")).choices[0].message
     assert [call.function.name for call in message.tool_calls] == ["get_time"]
     assert message.content == CALL  # not allowed, so no call
     assert "get_weather" not in prompt_of(served, tokenizer)
@@ -190,20 +211,73 @@ def test_results_come_back_in_order(served: Served, tokenizer: Tokenizer) -> Non
     assert served.post({"messages": messages}).status_code == 200  # a request without tools may have had some before
 
 
-def function(**fields: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": "f", **fields}}
+@pytest.fixture(scope="module")
+def matches(checkpoint: Path) -> Callable[[str, str], bool]:
+    """Whether a grammar lets an answer pass and end."""
+    tokenizer = LLTokenizer(str(checkpoint / "tokenizer.json"))
+
+    def check(grammar: str, answer: str) -> bool:
+        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        return matcher.consume_tokens(tokenizer.tokenize_str(answer)) and matcher.is_accepting()
+
+    return check
 
 
-def calling(*calls: Any, **fields: Any) -> dict[str, Any]:
-    return {"role": "assistant", "tool_calls": list(calls), **fields}
+WRONG_CALL = CALL.replace('"Köln"', "3")
+SOME_CALL = TIME_CALL.replace("{}", '{"any": 1}')
 
 
-def choose(name: str) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name}}
+@pytest.mark.parametrize(("fields", "right", "wrong"), [
+    ({"tool_choice": "required"}, [CALL, TIME_CALL, f"{CALL}\n{TIME_CALL}"],
+     ["", "Ok", f"Ok{CALL}", WRONG_CALL, SOME_CALL, f"{CALL}Ok"]),
+    ({"tool_choice": "required", "parallel_tool_calls": False}, [CALL, TIME_CALL], [f"{CALL}\n{TIME_CALL}"]),
+    ({"tool_choice": choose("get_time")}, [TIME_CALL], [CALL, SOME_CALL, f"{TIME_CALL}\n{TIME_CALL}"]),
+    ({"tool_choice": allowed("required", "get_time")}, [TIME_CALL, f"{TIME_CALL}\n{TIME_CALL}"], [CALL]),
+    ({"tools": [STRICT, TIME]}, ["Ok <tool_", f"Ok\n{CALL}\n{TIME_CALL}", CALL, ""],
+     [WRONG_CALL, f"Ok{WRONG_CALL}", SOME_CALL, "<tool_call>\n"]),
+    ({"tools": [STRICT, ANY], "parallel_tool_calls": False}, [f"Ok{CALL}", SOME_CALL],
+     [WRONG_CALL, f"{CALL}\n{CALL}"]),
+])  # fmt: skip
+def test_calls_are_constrained(
+    served: Served,
+    matches: Callable[[str, str], bool],
+    fields: dict[str, Any],
+    right: list[str],
+    wrong: list[str],
+) -> None:
+    assert served.post(ask(**fields)).status_code == 200
+    grammar = served.engine.requests[-1].sampling.grammar
+    assert [answer for answer in right if not matches(grammar, answer)] == []
+    assert [answer for answer in wrong if matches(grammar, answer)] == []
 
 
-def allowed(mode: str, *names: str) -> dict[str, Any]:
-    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [choose(name) for name in names]}}
+def test_a_free_choice_is_not_constrained(served: Served) -> None:
+    served.post(ask())
+    served.post(ask(tool_choice="none", tools=[STRICT]))
+    assert [request.sampling.grammar for request in served.engine.requests] == [None, None]
+
+
+def test_constrained_calls_are_streamed_as_they_come(served: Served) -> None:
+    served.say(f"{CALL}\n{TIME_CALL}")
+    chunks = events(served.post(ask(stream=True, tool_choice="required")).text)
+    calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    first, *others = [call for call in calls if call["index"] == 0]
+    assert (first["type"], first["function"]["name"]) == ("function", "get_weather")
+    assert all(call.keys() == {"index", "function"} and call["function"].keys() == {"arguments"} for call in others)
+    assert first["function"]["arguments"] + "".join(call["function"]["arguments"] for call in others) == (
+        '{"city": "Köln"}'
+    )
+    assert len(others) > 3
+    assert all(not chunk["choices"][0]["delta"].get("content") for chunk in chunks)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_limit_that_cuts_a_constrained_call(served: Served) -> None:
+    served.say(CALL)
+    cut = len(served.engine.script.token_ids) - 12
+    choice = create(served, tool_choice="required", max_completion_tokens=cut).choices[0]
+    assert choice.finish_reason == "length"
+    assert '{"city": "Köln"}'.startswith(choice.message.tool_calls[0].function.arguments)
 
 
 A_CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -224,6 +298,24 @@ INVALID = {
     "parameters no object": (ask(tools=[function(parameters=[])]), "tools[0].function.parameters", "invalid_type"),
     "parameters of a list": (
         ask(tools=[function(parameters={"type": "array"})]), "tools[0].function.parameters", "invalid_value"
+    ),
+    "required, with a schema that cannot be honoured": (
+        ask(tools=[function(parameters={"uniqueItems": True})], tool_choice="required"),
+        "tools[0].function.parameters",
+        "invalid_json_schema",
+    ),
+    "strict, with a schema that nothing satisfies": (
+        ask(tools=[function(parameters={"properties": {"a": False}, "required": ["a"]}, strict=True)]),
+        "tools",
+        "invalid_json_schema",
+    ),
+    "required, with a reference to itself": (
+        ask(
+            tools=[function(parameters={"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})],
+            tool_choice="required",
+        ),
+        "tools",
+        "invalid_json_schema",
     ),
     "strict a word": (ask(tools=[function(strict="yes")]), "tools[0].function.strict", "invalid_type"),
     "choice without tools": ({"messages": [user("Hi")], "tool_choice": "auto"}, "tool_choice", "invalid_value"),
