@@ -79,6 +79,25 @@ REFUSED_IN_COMPLETIONS: Mapping[str, Refusal] = {
     "suffix": Refusal("the model does not fill in the middle", ("",)),
 }
 
+_NOT_STORED = "nothing is stored here: send the whole conversation"
+
+REFUSED_IN_RESPONSES: Mapping[str, Refusal] = {
+    **_REFUSED_EVERYWHERE,
+    "background": Refusal("answers are not kept for later", (False,)),
+    "chat_template": Refusal(_NO_OVERRIDE),
+    "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "context_management": Refusal(_NOT_HERE, ([],)),
+    "conversation": Refusal(_NOT_STORED),
+    "logprobs": Refusal("include message.output_text.logprobs instead", (False,)),
+    "max_completion_tokens": Refusal("it is max_output_tokens here"),
+    "messages": Refusal("it is input here"),
+    "modalities": Refusal("the model writes text only", (["text"],)),
+    "moderation": Refusal(_NOT_HERE),
+    "previous_response_id": Refusal(_NOT_STORED),
+    "prompt": Refusal("there are no stored prompts"),
+    "truncation": Refusal("nothing is ever truncated", ("disabled",)),
+}
+
 REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {
     "audio": Refusal("earlier answers have no audio here"),
     "function_call": Refusal(_OLD_TOOLS),
@@ -88,10 +107,12 @@ REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {
 IGNORED: frozenset[str] = frozenset(
     {
         "include_reasoning",
+        "max_tool_calls",
         "metadata",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
+        "reasoning",
         "reasoning_effort",
         "request_id",
         "safety_identifier",

@@ -42,21 +42,28 @@ class PromptBuilder:
     audio_token_id: int
     max_model_len: int
 
-    def chat(self, turns: Sequence[Turn], clip_tokens: Sequence[int], functions: Sequence[Function] = ()) -> Prompt:
+    def chat(
+        self,
+        turns: Sequence[Turn],
+        clip_tokens: Sequence[int],
+        functions: Sequence[Function] = (),
+        *,
+        param: str = "messages",
+    ) -> Prompt:
         """Render a conversation whose AUDIO parts are clips of so many tokens each, in order.
 
-        `functions` are what the answer may call. Raises ApiError: too long, or the template refuses the
-        conversation.
+        `functions` are what the answer may call. Raises ApiError, which names `param`: too long, or the template
+        refuses the conversation.
         """
         folded = fold_tools(turns, functions)
-        self._check_size(sum(map(_num_chars, folded)), "messages")
+        self._check_size(sum(map(_num_chars, folded)), param)
         try:
             spans = (
                 self.template.render(turns, functions) if self.template.has_tools else self.template.render(folded)
             )
         except TemplateError as error:
-            raise bad_request(f"The chat template refuses these messages: {str(error)[:200]}", "messages") from None
-        return self._expand(self._encode(spans), clip_tokens, "messages")
+            raise bad_request(f"The chat template refuses these messages: {str(error)[:200]}", param) from None
+        return self._expand(self._encode(spans), clip_tokens, param)
 
     def raw(self, prompt: str | Sequence[int], clip_tokens: Sequence[int]) -> Prompt:
         """Take a prompt as it is, control tokens included.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from engine.messages import TokenLogprobs
@@ -21,6 +21,23 @@ Body = dict[str, Any]
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no -Infinity."""
+
+
+def listed_logprobs(tokens: Iterable[TokenLogprobs], tokenizer: Tokenizer) -> list[Body]:
+    """Log-probabilities with the raw bytes of each token, as chat and responses list them."""
+
+    def listed(token_id: int, logprob: float) -> Body:
+        raw = tokenizer.bytes_of(token_id)
+        text = raw.decode(errors="replace")
+        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(raw)}
+
+    return [
+        {
+            **listed(token.token_id, token.logprob),
+            "top_logprobs": [listed(token_id, logprob) for token_id, logprob in token.top],
+        }
+        for token in tokens
+    ]
 
 
 class Reply(ABC):
@@ -106,18 +123,7 @@ class ChatReply(Reply):
         return {"id": call.id, "type": "function", "function": function}
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Body:
-        content = [
-            {
-                **self._token(token.token_id, token.logprob),
-                "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in token.top],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token_id: int, logprob: float) -> Body:
-        raw = list(self._tokenizer.bytes_of(token_id))
-        return {"token": self._token_text(token_id), "logprob": max(logprob, LOWEST_LOGPROB), "bytes": raw}
+        return {"content": listed_logprobs(tokens, self._tokenizer), "refusal": None}
 
 
 class CompletionReply(Reply):

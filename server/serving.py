@@ -18,13 +18,13 @@ from model.config import GenerationConfig
 from server.channel import Channel
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import ApiError
-from server.generation import Generation, Usage, collect
+from server.generation import Delta, Generation, Usage, collect
 from server.media import Clip, MediaLoader
 from server.prompt import Prompt, PromptBuilder
 from server.replies import Reply
 from server.sampling import sampling_params
 from server.schema import GenerationRequest
-from server.streaming import EventStream
+from server.streaming import ReplyStream
 from server.structured import GrammarCompiler
 from server.tool_grammar import compile_calls
 from server.tool_plan import NO_TOOLS, ToolPlan
@@ -62,33 +62,37 @@ class Serving:
         tools: ToolPlan = NO_TOOLS,
     ) -> Response:
         """Generate, and answer whole or as a stream. Raises ApiError, RequestError, EngineDeadError."""
-        grammar = await compile_calls(self.grammars, tools)
-        generation = self._generation(request, prompt, clips, tools, grammar)
+        generation = await self.generation(request, prompt, clips, tools)
         if not request.stream:
             answer = await collect(generation)
             return JSONResponse(reply.whole(answer, generation.usage))
-        deltas = Channel(generation.deltas())
-        try:
-            await deltas.wait_begun(self.keep_alive_s)
-        except BaseException:
-            await deltas.aclose()
-            raise
-        return EventStream(
-            deltas,
+        return ReplyStream(
+            await self.begin(generation),
             reply,
             generation.usage,
             include_usage=request.include_usage,
             keep_alive_s=self.keep_alive_s,
         )
 
-    def _generation(
+    async def begin(self, generation: Generation) -> Channel[Delta]:
+        """Start an answer that will be streamed. Raises as its deltas do, if it fails soon."""
+        deltas = Channel(generation.deltas())
+        try:
+            await deltas.wait_begun(self.keep_alive_s)
+        except BaseException:
+            await deltas.aclose()
+            raise
+        return deltas
+
+    async def generation(
         self,
         request: GenerationRequest,
         prompt: Prompt,
         clips: Sequence[Clip],
-        tools: ToolPlan,
-        grammar: str | None,
+        tools: ToolPlan = NO_TOOLS,
     ) -> Generation:
+        """An answer that has not begun. Raises ApiError for parameters that cannot be honoured."""
+        grammar = await compile_calls(self.grammars, tools)
         info = self.engine.info
         num_prompt_tokens = len(prompt.token_ids)
         sampling = sampling_params(

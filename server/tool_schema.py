@@ -111,7 +111,8 @@ def tag_by_type(*known: str) -> Discriminator:
     return Discriminator(tag)
 
 
-def _choice_tag(choice: object) -> str:
+def choice_tag(choice: object) -> str:
+    """The kind of a tool choice: a mode, or by its type."""
     if not isinstance(choice, Mapping):
         return "<mode>"
     kind = choice.get("type")
@@ -127,7 +128,7 @@ ToolChoice = Annotated[
     | Annotated[NamedFunction, Tag("<function>")]
     | Annotated[AllowedToolsChoice, Tag("<allowed_tools>")]
     | Annotated[UnknownChoice, Tag("<unknown>")],
-    Discriminator(_choice_tag),
+    Discriminator(choice_tag),
 ]
 
 
