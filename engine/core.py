@@ -16,6 +16,7 @@ from engine.block_manager import BlockManager
 from engine.device import resolve_device, resolve_dtype
 from engine.encoder_cache import EncoderCache
 from engine.errors import EngineStartError, RequestError
+from engine.guidance import Guidance
 from engine.memory import num_kv_blocks
 from engine.messages import (
     EngineArgs,
@@ -30,11 +31,20 @@ from engine.model_runner import ModelRunner, StepResult
 from engine.scheduler import SampledToken, Scheduler, SchedulerOutput
 from engine.sequence import Sequence
 from model.attention import select_backend
-from model.config import MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES, Qwen2AudioConfig, num_audio_tokens
+from model.config import (
+    MAX_AUDIO_SAMPLES,
+    MAX_MEL_FRAMES,
+    GenerationConfig,
+    Qwen2AudioConfig,
+    num_audio_tokens,
+)
 from model.errors import ModelError
 from model.loader import Progress, load_model
 
 logger = logging.getLogger(__name__)
+
+COMPILE_WAIT_SECONDS = 0.01
+"""How long a step without work waits for a grammar before it looks for messages again."""
 
 MAX_FAILED_STEPS = 3
 """Steps in a row in which nothing at all could be computed: then the device is to blame, not a request."""
@@ -65,8 +75,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would compute something."""
-        return self.scheduler.has_work
+        """Whether `step` would compute something, or soon will."""
+        return self.scheduler.has_work or self.runner.guidance.is_compiling
 
     @property
     def stats(self) -> EngineStats:
@@ -77,7 +87,11 @@ class EngineCore:
         """Queue a request. Raises RequestError when it could never run."""
         self._check(request)
         seed = request.sampling.seed
-        self.scheduler.add(Sequence(request, self._seeds.getrandbits(63) if seed is None else seed))
+        sequence = Sequence(request, self._seeds.getrandbits(63) if seed is None else seed)
+        if request.sampling.grammar is None:
+            self.scheduler.add(sequence)
+        else:
+            self.runner.guidance.compile(sequence)
 
     def abort(self, request_id: str) -> None:
         """Forget a request. Fine when it has just ended."""
@@ -86,13 +100,26 @@ class EngineCore:
 
     def step(self) -> list[EngineOutput]:
         """Compute one step. -> what it gave, one output at most for each request."""
+        refused = self._add_compiled()
         plan = self.scheduler.schedule()
         result = self._execute(plan)
-        outputs = self.scheduler.update(plan, result.sampled, result.failed_clips)
+        sampled = self.runner.guidance.advance(result.sampled)
+        outputs = refused + self.scheduler.update(plan, sampled, result.failed_clips)
         for output in outputs:
             if output.finish_reason is not None:
                 self.runner.release(output.request_id)
         return outputs
+
+    def _add_compiled(self) -> list[EngineOutput]:
+        """Queue the sequences whose grammars are ready. -> the last words of those that have none."""
+        refused = []
+        wait_s = 0.0 if self.scheduler.has_work else COMPILE_WAIT_SECONDS
+        for sequence, error in self.runner.guidance.take_compiled(wait_s):
+            if error:
+                refused.append(failed(sequence.request_id, error))
+            else:
+                self.scheduler.add(sequence)
+        return refused
 
     def _execute(self, plan: SchedulerOutput) -> StepResult:
         """Run a plan; when that raises, run its sequences one at a time, so that only the culprit ends."""
@@ -144,7 +171,7 @@ class EngineCore:
         if not all(0 <= token < self.info.vocab_size for token in request.prompt_token_ids):
             raise RequestError("the prompt holds a token id outside the vocabulary")
         _check_sampling(request.sampling, self.info.vocab_size)
-        if self.scheduler.knows(request.request_id):
+        if self.scheduler.knows(request.request_id) or self.runner.guidance.knows(request.request_id):
             raise RequestError("the request id is in use")
 
 
@@ -203,7 +230,11 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         max_num_seqs=args.max_num_seqs,
         load_seconds=time.monotonic() - started,
     )
-    return EngineCore(ModelRunner(model, num_blocks, block_size, args.max_num_seqs), scheduler, info, args.seed)
+    guidance = Guidance(
+        folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
+    )
+    runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
+    return EngineCore(runner, scheduler, info, args.seed)
 
 
 def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:

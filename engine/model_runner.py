@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Rows
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.guidance import Guidance, TokenMasks
 from engine.input_batch import InputBatch, build_input_batch
 from engine.messages import AudioClip
 from engine.sampler import Sampler
@@ -36,8 +38,11 @@ class StepResult:
 class ModelRunner:
     """`execute` plans; `release` what an ended request leaves behind."""
 
-    def __init__(self, model: Qwen2Audio, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, model: Qwen2Audio, num_blocks: int, block_size: int, max_num_seqs: int, guidance: Guidance
+    ) -> None:
         self.model = model
+        self.guidance = guidance
         self.block_size = block_size
         weight = model.lm_head.weight
         self.device = weight.device
@@ -54,13 +59,15 @@ class ModelRunner:
         failed = self._encode(plan.clips_to_encode)
         if not plan.scheduled:
             return StepResult({}, failed)
-        hidden = self._forward(build_input_batch(plan, self.block_size))
         sampling = [item.sequence for item in plan.scheduled if item.samples]
-        return StepResult(self._sample(hidden, sampling), failed)
+        masks = self.guidance.fill(sampling)
+        hidden = self._forward(build_input_batch(plan, self.block_size))
+        return StepResult(self._sample(hidden, sampling, masks), failed)
 
     def release(self, request_id: str) -> None:
         """Forget an ended request. Fine for one never seen."""
         self.sampler.penalties.release(request_id)
+        self.guidance.release(request_id)
 
     def _forward(self, batch: InputBatch) -> Tensor:
         """-> normalised hidden states of the rows that sample, [B, C]."""
@@ -80,10 +87,13 @@ class ModelRunner:
         hidden = self.model(hidden, self._to_device(batch.positions), self.kv_cache, metadata)
         return hidden[self._to_device(batch.sample_rows)]
 
-    def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> dict[str, SampledToken]:
+    def _sample(
+        self, hidden: Tensor, sequences: list[Sequence], masks: Future[TokenMasks] | None
+    ) -> dict[str, SampledToken]:
         if not sequences:
             return {}
-        return self.sampler.sample(self.model.compute_logits(hidden), sequences)
+        logits = self.model.compute_logits(hidden)
+        return self.sampler.sample(logits, sequences, masks.result() if masks else None)
 
     def _encode(self, clips: Rows[AudioClip]) -> frozenset[str]:
         """Fill `_clips`; when a batch breaks, find the culprit by encoding one at a time. -> hashes that failed."""

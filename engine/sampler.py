@@ -1,7 +1,8 @@
 """Logits -> tokens. All rows stay on the device until one copy at the end; parameters are known on the host.
 
 Order of operations, as in transformers: logit bias and stop-token mask, repetition penalty, presence and frequency
-penalties, temperature, top-k, top-p, min-p, then a sample by the Gumbel trick. Logprobs are of the raw logits.
+penalties, a grammar's mask, temperature, top-k, top-p, min-p, then a sample by the Gumbel trick. Logprobs are of the
+raw logits.
 
 Rows are told apart on the host by what they need: greedy rows take an argmax; rows with a top-k of at most
 `MAX_PARTIAL` look at that many candidates; rows that need the order of the whole vocabulary (top-p alone) sort it;
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.guidance import TokenMasks
 from engine.messages import SamplingParams, TokenLogprobs
 from engine.noise import gumbel
 from engine.penalties import PenaltyTable
@@ -49,7 +51,9 @@ class Sampler:
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self.penalties = PenaltyTable(max_num_seqs, vocab_size, device)
 
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> dict[str, SampledToken]:
+    def sample(
+        self, logits: Tensor, sequences: list[Sequence], masks: TokenMasks | None = None
+    ) -> dict[str, SampledToken]:
         """One token for each sequence. logits: float32 [B, V], overwritten. -> by request id."""
         broken = logits.isnan().any(-1)
         raw = _raw_logprobs(logits, sequences)
@@ -58,6 +62,8 @@ class Sampler:
         if penalised:
             table_rows = self.penalties.rows(penalised.sequences)
             self._apply_penalties(logits, penalised, table_rows)
+        if masks:
+            _apply_masks(logits, masks)
         token_ids = _choose(logits, sequences)
         if penalised:
             self.penalties.count(table_rows, token_ids[penalised.index])
@@ -110,6 +116,18 @@ def _apply_bias(logits: Tensor, sequences: list[Sequence]) -> None:
             logits[row, list(ids)] += torch.tensor(values, device=logits.device)
         if sequence.num_output_tokens < params.min_tokens and params.stop_token_ids:
             logits[row, list(params.stop_token_ids)] = -math.inf
+
+
+def _apply_masks(logits: Tensor, masks: TokenMasks) -> None:
+    """Leave the rows of grammars only what these allow."""
+    device = logits.device
+    rows = torch.tensor(masks.rows, device=device)
+    packed = torch.from_numpy(masks.allowed).to(device, non_blocking=True)
+    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
+    barred = ((packed[:, :, None] & bits) == 0).flatten(1)[:, : logits.shape[1]]
+    logits[rows] = logits[rows].masked_fill_(barred, -math.inf)
+    for row, token_id in masks.forced:
+        logits[row, token_id] = 0.0
 
 
 def _choose(logits: Tensor, sequences: list[Sequence]) -> Tensor:

@@ -56,6 +56,8 @@ class SampledToken:
     logprobs: TokenLogprobs | None = None
     error: str | None = None
     """Set when this sequence alone cannot go on (its logits are not numbers, say)."""
+    complete: bool = False
+    """Whether the answer ends with it because its grammar does."""
 
 
 @dataclass(slots=True)
@@ -246,7 +248,8 @@ class Scheduler:
     def _append(self, sequence: Sequence, token: SampledToken) -> EngineOutput:
         sequence.token_ids.append(token.token_id)
         sampling = sequence.sampling
-        stopped = token.token_id in sampling.stop_token_ids and sequence.num_output_tokens >= sampling.min_tokens
+        is_stop_token = token.token_id in sampling.stop_token_ids
+        stopped = token.complete or (is_stop_token and sequence.num_output_tokens >= sampling.min_tokens)
         full = sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= self.max_model_len
         reason = FinishReason.STOP if stopped else FinishReason.LENGTH if full else None
         if reason:
@@ -256,7 +259,7 @@ class Scheduler:
             new_token_ids=(token.token_id,),
             logprobs=(token.logprobs,) if token.logprobs else (),
             finish_reason=reason,
-            stop_token_id=token.token_id if stopped else None,
+            stop_token_id=token.token_id if stopped and is_stop_token else None,
         )
 
     def _fail(self, sequence: Sequence, error: str) -> EngineOutput:

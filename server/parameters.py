@@ -27,7 +27,7 @@ class Refusal:
 
 
 _OLD_TOOLS = "functions were replaced by tools"
-_NO_CONSTRAINT = "constrained output is not supported"
+_GUIDED = "it was renamed: use structured_outputs"
 _NO_OVERRIDE = "requests cannot override how the server renders prompts or reads media"
 _NOT_HERE = "it is not supported by this server"
 
@@ -39,21 +39,19 @@ _REFUSED_EVERYWHERE: Mapping[str, Refusal] = {
     "cache_salt": Refusal("there is no prefix cache to salt"),
     "continue_final_message": Refusal(_NOT_HERE, (False,)),
     "echo": Refusal(_NOT_HERE, (False,)),
-    "guided_choice": Refusal(_NO_CONSTRAINT),
-    "guided_grammar": Refusal(_NO_CONSTRAINT),
-    "guided_json": Refusal(_NO_CONSTRAINT),
-    "guided_regex": Refusal(_NO_CONSTRAINT),
+    "guided_choice": Refusal(_GUIDED),
+    "guided_grammar": Refusal(_GUIDED),
+    "guided_json": Refusal(_GUIDED),
+    "guided_regex": Refusal(_GUIDED),
     "length_penalty": Refusal("beam search is not supported", (1,)),
     "logits_processors": Refusal(_NOT_HERE, ([],)),
     "media_io_kwargs": Refusal(_NO_OVERRIDE, ({},)),
     "mm_processor_kwargs": Refusal(_NO_OVERRIDE, ({},)),
     "priority": Refusal("requests are served first come, first served", (0,)),
     "prompt_logprobs": Refusal(_NOT_HERE),
-    "response_format": Refusal(_NO_CONSTRAINT, ({"type": "text"},)),
     "return_token_ids": Refusal(_NOT_HERE, (False,)),
     "return_tokens_as_token_ids": Refusal(_NOT_HERE, (False,)),
     "spaces_between_special_tokens": Refusal(_NOT_HERE, (True,)),
-    "structured_outputs": Refusal(_NO_CONSTRAINT),
     "truncate_prompt_tokens": Refusal("nothing is ever truncated"),
     "use_beam_search": Refusal("beam search is not supported", (False,)),
 }

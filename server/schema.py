@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
+from server.constraints import JsonObjectFormat, JsonSchemaFormat, ResponseFormat, StructuredOutputs
 from server.parameters import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -206,6 +207,8 @@ class GenerationRequest(StrictModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_ITEMS)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -219,6 +222,10 @@ class GenerationRequest(StrictModel):
         if limit is not None and self.min_tokens is not None and self.min_tokens > limit:
             message = f"Invalid 'min_tokens': it must not be above the token limit of {limit}."
             raise refused("min_tokens", message, "invalid_value")
+        constrains = isinstance(self.response_format, JsonObjectFormat | JsonSchemaFormat)
+        if constrains and self.structured_outputs is not None:
+            message = "The answer cannot follow both 'response_format' and 'structured_outputs'."
+            raise refused("structured_outputs", message, "invalid_value")
         return self
 
     @property
@@ -259,7 +266,9 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         check_results(self.messages)
-        assert self.tool_plan is not None
+        if self.tool_plan.functions and self.structured_outputs is not None:
+            message = "The answer cannot both call tools and follow 'structured_outputs'."
+            raise refused("structured_outputs", message, "invalid_value")
         return self
 
     @model_validator(mode="after")

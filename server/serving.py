@@ -25,7 +25,7 @@ from server.replies import Reply
 from server.sampling import sampling_params
 from server.schema import GenerationRequest
 from server.streaming import ReplyStream
-from server.structured import GrammarCompiler
+from server.structured import GrammarCompiler, compile_constraint
 from server.tool_grammar import compile_calls
 from server.tool_plan import NO_TOOLS, ToolPlan
 
@@ -92,7 +92,7 @@ class Serving:
         tools: ToolPlan = NO_TOOLS,
     ) -> Generation:
         """An answer that has not begun. Raises ApiError for parameters that cannot be honoured."""
-        grammar = await compile_calls(self.grammars, tools)
+        grammar = await compile_calls(self.grammars, tools) or await compile_constraint(self.grammars, request)
         info = self.engine.info
         num_prompt_tokens = len(prompt.token_ids)
         sampling = sampling_params(

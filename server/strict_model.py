@@ -1,4 +1,4 @@
-"""The rules that all request models share: strict types, no NaN, unknown fields passed over."""
+"""The base of all parts of a request: strict types, no NaN, unknown keys passed over."""
 
 from __future__ import annotations
 

@@ -19,14 +19,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from server.constraints import JsonObjectFormat, JsonSchemaFormat, StructuredOutputs
 from server.errors import bad_request
 from server.json_schema import check_json_schema
+from server.schema import GenerationRequest
 
 MAX_SOURCE_CHARS = 128 << 10
 """Of a schema, grammar or regex, or of all options of a choice."""
 MAX_CHOICES = 10_000
 CACHE_SIZE = 256
 """Sources whose answer is kept."""
+REPLACED_AFTER = 2000
+"""Compilations: what the process has not given back by then goes with it."""
 TOO_COMPLEX = "it is too complex"
 
 _SOURCES = Path(__file__).resolve().parent.parent
@@ -38,6 +42,38 @@ _CODES = {
     "grammar": "invalid_grammar",
     "tool_calls": "invalid_json_schema",
 }
+
+
+async def compile_constraint(compiler: GrammarCompiler, request: GenerationRequest) -> str | None:
+    """-> the grammar that a request asks for, if it asks for one. Raises ApiError."""
+    match request.response_format:
+        case JsonObjectFormat():
+            return await compiler.json_object()
+        case JsonSchemaFormat(json_schema=named):
+            return await compiler.json_schema(named.schema_, "response_format.json_schema.schema")
+    match request.structured_outputs:
+        case None:
+            return None
+        case StructuredOutputs(json_=str() as text):
+            return await compiler.json_schema(_parse_schema(text), "structured_outputs.json")
+        case StructuredOutputs(json_=dict() | bool() as schema):
+            return await compiler.json_schema(schema, "structured_outputs.json")
+        case StructuredOutputs(regex=str() as pattern):
+            return await compiler.regex(pattern, "structured_outputs.regex")
+        case StructuredOutputs(choice=list() as options):
+            return await compiler.choice(options, "structured_outputs.choice")
+        case StructuredOutputs(grammar=str() as text):
+            return await compiler.grammar(text, "structured_outputs.grammar")
+        case _:
+            return await compiler.json_object()
+
+
+def _parse_schema(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        message = "Invalid 'structured_outputs.json': the text is not JSON, or too deep."
+        raise bad_request(message, "structured_outputs.json", "invalid_json_schema") from None
 
 
 class GrammarCompiler:
@@ -53,7 +89,8 @@ class GrammarCompiler:
         ]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._cache: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+        self._num_compiled = 0
+        self._cache: OrderedDict[bytes, dict[str, str]] = OrderedDict()
 
     async def json_schema(self, schema: dict[str, Any] | bool, param: str) -> str:
         """A grammar of the JSON texts that satisfy a schema, in compact form or with bounded white space."""
@@ -108,10 +145,9 @@ class GrammarCompiler:
                 self._cache.popitem(last=False)
         if "error" in answer:
             raise bad_request(f"Invalid '{param}': {answer['error']}.", param, _CODES[kind])
-        grammar: str = answer["grammar"]
-        return grammar
+        return answer["grammar"]
 
-    def _ask(self, line: bytes) -> dict[str, Any]:
+    def _ask(self, line: bytes) -> dict[str, str]:
         """One source to the process and back. A process that ends instead of answering has refused the source."""
         process = self._running()
         assert process.stdin is not None
@@ -127,9 +163,10 @@ class GrammarCompiler:
                 raise RuntimeError(f"the compiler of grammars ended with status {process.returncode}")
             self._stop()  # killed by its own timer, or out of memory
             return {"error": TOO_COMPLEX}
-        answer: dict[str, Any] = json.loads(reply)
-        if answer.pop("replace"):
+        self._num_compiled += 1
+        if self._num_compiled % REPLACED_AFTER == 0:
             self._stop()
+        answer: dict[str, str] = json.loads(reply)
         return answer
 
     def _running(self) -> subprocess.Popen[bytes]:

@@ -31,6 +31,7 @@ TORCH_FREE_ENGINE = {
     "engine.client",
     "engine.encoder_cache",
     "engine.errors",
+    "engine.guidance",
     "engine.input_batch",
     "engine.messages",
     "engine.scheduler",

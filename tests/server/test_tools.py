@@ -334,6 +334,7 @@ INVALID = {
     "unknown mode": (ask(tool_choice=allowed("none", "get_time")), "tool_choice.allowed_tools.mode",
                      "invalid_value"),
     "parallel a word": (ask(parallel_tool_calls="no"), "parallel_tool_calls", "invalid_type"),
+    "a regex beside tools": (ask(structured_outputs={"regex": "a"}), "structured_outputs", "invalid_value"),
     "functions": (ask(functions=[{"name": "f"}]), "functions", "unsupported_parameter"),
     "function_call": (ask(function_call={"name": "f"}), "function_call", "unsupported_parameter"),
     "function role": (ask(messages=[{"role": "function", "name": "f", "content": "1"}]), "messages[0].role",
