@@ -62,29 +62,35 @@ def grammar(text: str) -> str:
 
 
 def tool_calls(source: Any) -> str:
-    """Calls as server/tool_parser.py reads them; unless they are required, text alone or before them."""
+    """Calls as server/tool_parser.py reads them. Unless they are required: text alone or before them; where text
+    has a schema, that or calls."""
+    more = r' ("\n<tool_call>" call)*' if source["is_parallel"] else ""
     lines = [
-        _CALLS[source["is_required"], source["is_parallel"]],
-        r"TEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/",
-        r'lead[suffix="<tool_call>"]: /(?s:.*)/',
         r'call: "\n" '
         + f"({' | '.join(f'call_{k}' for k in range(len(source['functions'])))})"
-        + r' "\n</tool_call>"',
+        + r' "\n</tool_call>"'
     ]
+    if source["is_required"]:
+        lines += [f'start: "<tool_call>" call{more}']
+    elif source["answer"] is not None:
+        lines += [f'start: answer | "<tool_call>" call{more}', f"answer: {_embedded(source['answer'])}"]
+    else:
+        lines += [f"start: TEXT | lead call{more}", _TEXT, _LEAD]
     for k, (name, schema) in enumerate(source["functions"]):
         head = json.dumps(f'{{"name": "{name}", "arguments": ')
-        whole = json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
-        lines += [f'call_{k}: {head} arguments_{k} "}}"', f"arguments_{k}: %json {whole}"]
+        lines += [f'call_{k}: {head} arguments_{k} "}}"', f"arguments_{k}: {_embedded(schema)}"]
     return LLMatcher.grammar_from_lark("\n".join(lines))
 
 
-_CALLS = {
-    (True, True): r'start: "<tool_call>" call ("\n<tool_call>" call)*',
-    (True, False): r'start: "<tool_call>" call',
-    (False, True): r'start: TEXT | lead call ("\n<tool_call>" call)*',
-    (False, False): r"start: TEXT | lead call",
-}
-"""By whether calls are required, and whether there may be several."""
+_TEXT = r"TEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
+_LEAD = r'lead[suffix="<tool_call>"]: /(?s:.*)/'
+
+
+def _embedded(schema: Any) -> str:
+    """A schema inside a Lark grammar."""
+    source = schema if isinstance(schema, dict) else {"allOf": [schema]}
+    return "%json " + json.dumps({**source, "x-guidance": {"whitespace_pattern": WHITESPACE}})
+
 
 _KINDS: dict[str, Callable[[Any], str]] = {
     "json_schema": json_schema,

@@ -93,7 +93,7 @@ def _head(request: ResponsesRequest, model: str, defaults: GenerationConfig) -> 
         "previous_response_id": None,
         "store": False,
         "temperature": defaults.temperature if request.temperature is None else request.temperature,
-        "text": {"format": text.format.model_dump() if text and text.format else {"type": "text"}},
+        "text": {"format": text.format.model_dump(by_alias=True) if text and text.format else {"type": "text"}},
         "tool_choice": (choice or "auto") if isinstance(choice, str | None) else choice.model_dump(),
         "tools": [tool.model_dump() for tool in request.tools or ()],
         "top_logprobs": request.top_logprobs or 0,

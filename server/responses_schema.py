@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
+from server.constraints import JsonObjectFormat, NamedSchema, SchemaValue, TextFormat, UnknownFormat
 from server.parameters import REFUSED_IN_RESPONSES, refused
 from server.schema import AudioUrlPart, Count, GenerationRequest, InputAudioPart, TemplateAudioPart
 from server.strict_model import MAX_ITEMS, StrictModel
@@ -178,19 +179,10 @@ ResponseToolChoice = Annotated[
 ]
 
 
-class TextFormat(StrictModel):
-    type: Literal["text"]
+class SchemaFormat(NamedSchema):
+    """What chat completions nest stands beside the type."""
 
-
-class UnknownTextFormat(StrictModel):
-    """Any other format: always refused, by the name of its type."""
-
-    type: JsonValue = None
-
-    @model_validator(mode="after")
-    def _refuse(self) -> Self:
-        name = repr(self.type[:40]) if isinstance(self.type, str) else "that"
-        raise refused("type", f"The text format {name} is not supported; text is.", "invalid_value")
+    type: Literal["json_schema"]
 
 
 class TextConfig(StrictModel):
@@ -198,8 +190,11 @@ class TextConfig(StrictModel):
 
     format: (
         Annotated[
-            Annotated[TextFormat, Tag("<text>")] | Annotated[UnknownTextFormat, Tag("<unknown>")],
-            tag_by_type("text"),
+            Annotated[TextFormat, Tag("<text>")]
+            | Annotated[JsonObjectFormat, Tag("<json_object>")]
+            | Annotated[SchemaFormat, Tag("<json_schema>")]
+            | Annotated[UnknownFormat, Tag("<unknown>")],
+            tag_by_type("text", "json_object", "json_schema"),
         ]
         | None
     ) = None
@@ -232,13 +227,17 @@ class ResponsesRequest(GenerationRequest):
     def _check(self) -> Self:
         if self.max_tokens is not None:
             raise refused("max_tokens", "Unsupported parameter: 'max_tokens' (it is max_output_tokens here).")
+        if self.response_format is not None:
+            raise refused("response_format", "Unsupported parameter: 'response_format' (it is text.format here).")
         if self.n is not None and self.n > 1:
             raise refused("n", "Unsupported value: a response is one answer.", "unsupported_value")
         if self.top_logprobs and LOGPROBS not in (self.include or ()):
             message = f"The 'top_logprobs' parameter is only allowed when '{LOGPROBS}' is included."
             raise refused("top_logprobs", message, "invalid_value")
         self._check_results()
-        assert self.tool_plan is not None
+        if self.tool_plan.functions and self.structured_outputs is not None:
+            message = "The answer cannot both call tools and follow 'structured_outputs'."
+            raise refused("structured_outputs", message, "invalid_value")
         return self
 
     def _check_results(self) -> None:
@@ -254,6 +253,16 @@ class ResponsesRequest(GenerationRequest):
     def tool_plan(self) -> ToolPlan:
         """What the answer may call. Raises PydanticCustomError, but not once the request is valid."""
         return _tool_plan(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def answer_schema(self) -> tuple[SchemaValue, str] | None:
+        match self.text.format if self.text else None:
+            case JsonObjectFormat():
+                return {"type": "object"}, "text.format"
+            case SchemaFormat(schema_=schema):
+                return schema, "text.format.schema"
+            case _:
+                return None
 
     @property
     def token_limit(self) -> int | None:

@@ -12,7 +12,13 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
-from server.constraints import JsonObjectFormat, JsonSchemaFormat, ResponseFormat, StructuredOutputs
+from server.constraints import (
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    ResponseFormat,
+    SchemaValue,
+    StructuredOutputs,
+)
 from server.parameters import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -222,8 +228,7 @@ class GenerationRequest(StrictModel):
         if limit is not None and self.min_tokens is not None and self.min_tokens > limit:
             message = f"Invalid 'min_tokens': it must not be above the token limit of {limit}."
             raise refused("min_tokens", message, "invalid_value")
-        constrains = isinstance(self.response_format, JsonObjectFormat | JsonSchemaFormat)
-        if constrains and self.structured_outputs is not None:
+        if self.answer_schema is not None and self.structured_outputs is not None:
             message = "The answer cannot follow both 'response_format' and 'structured_outputs'."
             raise refused("structured_outputs", message, "invalid_value")
         return self
@@ -237,6 +242,17 @@ class GenerationRequest(StrictModel):
     def num_logprobs(self) -> int | None:
         """How many alternatives to list with each token; None: no log-probabilities at all."""
         return None
+
+    @property
+    def answer_schema(self) -> tuple[SchemaValue, str] | None:
+        """The JSON schema that the text of the answer shall satisfy, and where in the request it stands."""
+        match self.response_format:
+            case JsonObjectFormat():
+                return {"type": "object"}, "response_format"
+            case JsonSchemaFormat(json_schema=named):
+                return named.schema_, "response_format.json_schema.schema"
+            case _:
+                return None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

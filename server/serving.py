@@ -92,7 +92,9 @@ class Serving:
         tools: ToolPlan = NO_TOOLS,
     ) -> Generation:
         """An answer that has not begun. Raises ApiError for parameters that cannot be honoured."""
-        grammar = await compile_calls(self.grammars, tools) or await compile_constraint(self.grammars, request)
+        grammar = await compile_calls(self.grammars, tools, request.answer_schema)
+        if grammar is None:
+            grammar = await compile_constraint(self.grammars, request)
         info = self.engine.info
         num_prompt_tokens = len(prompt.token_ids)
         sampling = sampling_params(
@@ -124,5 +126,5 @@ class Serving:
             usage=Usage(num_prompt_tokens, prompt.num_audio_tokens),
             eos_token_ids=frozenset(self.defaults.eos_token_ids),
             show_stop_token=bool(request.include_stop_str_in_output),
-            tool_parser=tools.parser(),
+            tool_parser=tools.parser(is_constrained=grammar is not None),
         )

@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from server.constraints import JsonObjectFormat, JsonSchemaFormat, StructuredOutputs
+from server.constraints import StructuredOutputs
 from server.errors import bad_request
 from server.json_schema import check_json_schema
 from server.schema import GenerationRequest
@@ -46,11 +46,8 @@ _CODES = {
 
 async def compile_constraint(compiler: GrammarCompiler, request: GenerationRequest) -> str | None:
     """-> the grammar that a request asks for, if it asks for one. Raises ApiError."""
-    match request.response_format:
-        case JsonObjectFormat():
-            return await compiler.json_object()
-        case JsonSchemaFormat(json_schema=named):
-            return await compiler.json_schema(named.schema_, "response_format.json_schema.schema")
+    if request.answer_schema is not None:
+        return await compiler.json_schema(*request.answer_schema)
     match request.structured_outputs:
         case None:
             return None
@@ -116,10 +113,23 @@ class GrammarCompiler:
         return await asyncio.to_thread(self._compile, "grammar", text, param)
 
     async def tool_calls(
-        self, functions: Sequence[tuple[str, dict[str, Any]]], *, is_required: bool, is_parallel: bool
+        self,
+        functions: Sequence[tuple[str, dict[str, Any]]],
+        *,
+        answer: dict[str, Any] | bool | None,
+        is_required: bool,
+        is_parallel: bool,
     ) -> str:
-        """A grammar of answers that call functions, given by name and (checked) schema of their arguments."""
-        source = {"functions": functions, "is_required": is_required, "is_parallel": is_parallel}
+        """A grammar of answers that call functions, given by name and schema of their arguments.
+
+        `answer`: the schema of what is no call; None: any text. All schemas were checked.
+        """
+        source = {
+            "functions": functions,
+            "answer": answer,
+            "is_required": is_required,
+            "is_parallel": is_parallel,
+        }
         return await asyncio.to_thread(self._compile, "tool_calls", source, "tools")
 
     def close(self) -> None:

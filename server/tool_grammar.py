@@ -1,32 +1,43 @@
-"""The grammar of an answer that calls tools: from what was chosen to what the engine's matcher is made of.
+"""The grammar of an answer that may call tools: from what was chosen to what the engine's matcher is made of.
 
 Where a call is demanded, the answer is calls and nothing else, each with arguments that satisfy its function's
 schema. Where the choice is free and some function is strict, text may come first, and a call, once begun, is held
-to the schema of its function: its own if that is strict, else any object.
+to the schema of its function: its own if that is strict, else any object. Where the text has a schema to satisfy,
+the answer is either that or calls.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from server.constraints import SchemaValue
 from server.json_schema import check_json_schema
 from server.structured import GrammarCompiler
 from server.tool_plan import Function, ToolPlan
 
 
-async def compile_calls(compiler: GrammarCompiler, plan: ToolPlan) -> str | None:
-    """-> the grammar, if calls are to be constrained. Raises ApiError for schemas that cannot be honoured."""
-    if not plan.is_constrained:
+async def compile_calls(
+    compiler: GrammarCompiler, plan: ToolPlan, answer_schema: tuple[SchemaValue, str] | None
+) -> str | None:
+    """-> the grammar, if there are functions and anything is to be constrained.
+
+    `answer_schema`: of the text, with its place in the request. Raises ApiError for schemas that cannot be honoured.
+    """
+    answer = None if plan.is_required else answer_schema
+    is_strict = plan.is_required or any(function.is_strict for function in plan.functions)
+    if not plan.functions or not (is_strict or answer):
         return None
+    if answer is not None:
+        check_json_schema(*answer)
     return await compiler.tool_calls(
-        [(function.name, _schema(function, plan)) for function in plan.functions],
+        [(function.name, _arguments_schema(function, plan)) for function in plan.functions],
+        answer=answer[0] if answer else None,
         is_required=plan.is_required,
         is_parallel=plan.is_parallel,
     )
 
 
-def _schema(function: Function, plan: ToolPlan) -> dict[str, Any]:
-    """Of the function's arguments."""
+def _arguments_schema(function: Function, plan: ToolPlan) -> dict[str, Any]:
     if function.parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     if not (plan.is_required or function.is_strict):

@@ -43,17 +43,15 @@ class ToolPlan:
     is_parallel: bool = True
     """It may hold more than one call."""
 
-    @property
-    def is_constrained(self) -> bool:
-        """Whether a grammar makes sure that calls are well-formed (server/tool_grammar.py)."""
-        return self.is_required or any(function.is_strict for function in self.functions)
+    def parser(self, *, is_constrained: bool) -> StreamingToolParser | None:
+        """A reader for one answer, if there may be calls in it.
 
-    def parser(self) -> StreamingToolParser | None:
-        """A reader for one answer, if there may be calls in it."""
+        `is_constrained`: a grammar makes sure that they are well-formed.
+        """
         if not self.functions:
             return None
         names = {function.name for function in self.functions}
-        return StreamingToolParser(names, is_eager=self.is_constrained, max_calls=None if self.is_parallel else 1)
+        return StreamingToolParser(names, is_eager=is_constrained, max_calls=None if self.is_parallel else 1)
 
 
 NO_TOOLS = ToolPlan()

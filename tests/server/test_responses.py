@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from engine.errors import RequestError
 from server.parameters import REFUSED_IN_RESPONSES
@@ -243,6 +244,25 @@ def test_allowed_tools(served: Served, tokenizer: Tokenizer) -> None:
     assert "get_weather" not in prompt_of(served, tokenizer)
 
 
+class Answer(BaseModel):
+    words: list[str]
+
+
+def test_structured_text(served: Served) -> None:
+    served.say('{"words": ["four"]}')
+    response = served.openai.responses.parse(model="tiny-audio", input="Hi", text_format=Answer)
+    assert response.output_parsed == Answer(words=["four"])
+    assert response.text.format.schema_["properties"].keys() == {"words"}
+    create(served, text={"format": {"type": "json_object"}})
+    create(served, text={"format": {"type": "json_object"}}, tools=[TIME])
+    create(served, text={"format": {"type": "text"}})
+    grammars = [request.sampling.grammar for request in served.engine.requests]
+    assert "words" in grammars[0]
+    assert grammars[1]
+    assert grammars[3] is None
+    assert "tool_call" in grammars[2]
+
+
 def test_failures(served: Served) -> None:
     served.say("one two three", failure=RequestError("NaN logits"))
     for stream in (False, True):
@@ -304,6 +324,15 @@ INVALID = {
     "top_logprobs": ({"input": "Hi", "top_logprobs": 3}, "top_logprobs", "invalid_value"),
     "include": ({"input": "Hi", "include": ["everything"]}, "include[0]", "invalid_value"),
     "text format": ({"input": "Hi", "text": {"format": {"type": "xml"}}}, "text.format.type", "invalid_value"),
+    "schema of the text": (
+        {"input": "Hi", "text": {"format": {"type": "json_schema", "name": "a", "schema": {"not": {}}}}},
+        "text.format.schema",
+        "invalid_json_schema",
+    ),
+    "response_format": ({"input": "Hi", "response_format": {"type": "json_object"}}, "response_format",
+                        "unsupported_parameter"),
+    "regex beside tools": ({"input": "Hi", "tools": [TIME], "structured_outputs": {"regex": "a"}},
+                           "structured_outputs", "invalid_value"),
     "web search": ({"input": "Hi", "tools": [{"type": "web_search"}]}, "tools[0].type", "invalid_value"),
     "tool twice": ({"input": "Hi", "tools": [TIME, TIME]}, "tools[1].name", "invalid_value"),
     "bad tool name": ({"input": "Hi", "tools": [{"type": "function", "name": "a b"}]}, "tools[0].name",

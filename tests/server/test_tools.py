@@ -45,6 +45,10 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
 
 
 STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+JSON = {
+    "type": "json_schema",
+    "json_schema": {"name": "a", "schema": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+}
 ANY = function(name="get_time", parameters={})
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 TIME_CALL = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
@@ -235,6 +239,11 @@ SOME_CALL = TIME_CALL.replace("{}", '{"any": 1}')
     ({"tool_choice": allowed("required", "get_time")}, [TIME_CALL, f"{TIME_CALL}\n{TIME_CALL}"], [CALL]),
     ({"tools": [STRICT, TIME]}, ["Ok <tool_", f"Ok\n{CALL}\n{TIME_CALL}", CALL, ""],
      [WRONG_CALL, f"Ok{WRONG_CALL}", SOME_CALL, "<tool_call>\n"]),
+    ({"response_format": JSON}, ['{"a": 1}', CALL, WRONG_CALL, f"{CALL}\n{TIME_CALL}"],
+     ["Ok", '{"a": "b"}', '{"a": 1}' + CALL, "Ok" + CALL]),
+    ({"response_format": JSON, "tools": [STRICT]}, ['{"a": 1}', CALL], ["Ok", WRONG_CALL]),
+    ({"response_format": JSON, "tool_choice": "required"}, [CALL], ['{"a": 1}', WRONG_CALL]),
+    ({"response_format": JSON, "tool_choice": "none"}, ['{"a": 1}'], [CALL]),
     ({"tools": [STRICT, ANY], "parallel_tool_calls": False}, [f"Ok{CALL}", SOME_CALL],
      [WRONG_CALL, f"{CALL}\n{CALL}"]),
 ])  # fmt: skip
@@ -315,6 +324,11 @@ INVALID = {
             tool_choice="required",
         ),
         "tools",
+        "invalid_json_schema",
+    ),
+    "text with a schema that cannot be honoured": (
+        ask(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}),
+        "response_format.json_schema.schema",
         "invalid_json_schema",
     ),
     "strict a word": (ask(tools=[function(strict="yes")]), "tools[0].function.strict", "invalid_type"),
