@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.responses import Response
 
 from server.chat_template import AUDIO, Turn
-from server.media import ClipRef
+from server.media import Clip, ClipRef
+from server.prompt import Prompt
 from server.replies import ChatReply
 from server.schema import AnyMessage, AudioPart, ChatRequest, Message
 from server.serving import Serving
 from server.text_content import TextPart, texts_of
 from server.tool_messages import CallingMessage, ToolMessage
+from server.tool_plan import Function
 
 
 async def complete_chat(serving: Serving, request: ChatRequest) -> Response:
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
-    clips = await serving.media.load(_clip_refs(request.messages))
-    turns = [_turn(message) for message in request.messages]
     tools = request.tool_plan
-    prompt = await asyncio.to_thread(
-        serving.prompts.chat, turns, [clip.num_tokens for clip in clips], tools.functions
+    prompt, clips = await read_conversation(
+        serving,
+        _clip_refs(request.messages),
+        lambda: [_turn(message) for message in request.messages],
+        tools.functions,
+        param="messages",
     )
     reply = ChatReply(model, serving.prompts.tokenizer, logprobs=request.num_logprobs is not None)
     return await serving.answer(request, prompt, clips, reply, tools)
+
+
+async def read_conversation(
+    serving: Serving,
+    refs: Sequence[ClipRef],
+    turns: Callable[[], Sequence[Turn]],
+    functions: Sequence[Function],
+    *,
+    param: str,
+) -> tuple[Prompt, list[Clip]]:
+    """What the model reads of a conversation, and the clips in it. Raises ApiError.
+
+    `turns` runs in a thread: it may take a while. `param` names the conversation in what is raised.
+    """
+    clips = await serving.media.load(refs)
+    num_tokens = [clip.num_tokens for clip in clips]
+    prompt = await asyncio.to_thread(lambda: serving.prompts.chat(turns(), num_tokens, functions, param=param))
+    return prompt, clips
 
 
 def _clip_refs(messages: Sequence[AnyMessage]) -> list[ClipRef]:

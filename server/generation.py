@@ -118,7 +118,7 @@ class Generation:
         if self.tool_parser is None:
             return Delta(text, self._take_logprobs(), reason, stop_reason)
         parsed, rest = self.tool_parser.feed(text), self.tool_parser.finish()
-        has_calls = reason is FinishReason.STOP and self.tool_parser.num_calls
+        has_calls = self.tool_parser.is_done or (reason is FinishReason.STOP and self.tool_parser.num_calls)
         return Delta(
             parsed.text + rest.text,
             self._take_logprobs(),

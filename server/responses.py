@@ -5,13 +5,13 @@ Items become the turns of a conversation, and the conversation goes chat's way. 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import aclosing
 
 from starlette.responses import JSONResponse, Response
 
 from model.config import GenerationConfig
+from server.chat import read_conversation
 from server.chat_template import AUDIO, CalledFunction, Turn
 from server.media import ClipRef
 from server.replies import Body
@@ -33,10 +33,9 @@ from server.tool_messages import parse_arguments
 async def create_response(serving: Serving, request: ResponsesRequest) -> Response:
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
-    clips = await serving.media.load(list(_clip_refs(request)))
     tools = request.tool_plan
-    prompt = await asyncio.to_thread(
-        serving.prompts.chat, _turns(request), [clip.num_tokens for clip in clips], tools.functions, param="input"
+    prompt, clips = await read_conversation(
+        serving, list(_clip_refs(request)), lambda: _turns(request), tools.functions, param="input"
     )
     generation = await serving.generation(request, prompt, clips, tools)
     head = _head(request, model, serving.defaults)

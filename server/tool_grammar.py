@@ -8,6 +8,7 @@ the answer is either that or calls.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from server.constraints import SchemaValue
@@ -27,14 +28,19 @@ async def compile_calls(
     is_strict = plan.is_required or any(function.is_strict for function in plan.functions)
     if not plan.functions or not (is_strict or answer):
         return None
-    if answer is not None:
-        check_json_schema(*answer)
     return await compiler.tool_calls(
-        [(function.name, _arguments_schema(function, plan)) for function in plan.functions],
+        await asyncio.to_thread(_checked_schemas, plan, answer),
         answer=answer[0] if answer else None,
         is_required=plan.is_required,
         is_parallel=plan.is_parallel,
     )
+
+
+def _checked_schemas(plan: ToolPlan, answer: tuple[SchemaValue, str] | None) -> list[tuple[str, dict[str, Any]]]:
+    """Of the arguments, by name of the function. Large ones take a while."""
+    if answer is not None:
+        check_json_schema(*answer)
+    return [(function.name, _arguments_schema(function, plan)) for function in plan.functions]
 
 
 def _arguments_schema(function: Function, plan: ToolPlan) -> dict[str, Any]:

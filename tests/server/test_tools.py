@@ -176,6 +176,15 @@ def test_one_call_at_most_where_asked_for(served: Served) -> None:
     assert served.engine.aborted  # what would follow is not even computed
 
 
+def test_a_call_that_is_whole_at_the_limit_is_not_cut(served: Served) -> None:
+    served.say(CALL.removesuffix("\n</tool_call>"), tokens_per_step=1000)
+    limit = len(served.engine.script.token_ids) - 1
+    for parallel, reason in ((False, "tool_calls"), (True, "length")):
+        choice = create(served, parallel_tool_calls=parallel, max_completion_tokens=limit).choices[0]
+        assert choice.message.tool_calls[0].function.arguments == '{"city": "Köln"}'
+        assert choice.finish_reason == reason
+
+
 def test_choice_none_means_no_tools(served: Served, tokenizer: Tokenizer) -> None:
     served.say(CALL)
     choice = create(served, tool_choice="none").choices[0]
