@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "fastapi", "uvicorn", "httpx")
+PACKAGES = (
+    *("torch", "transformers", "numpy", "tokenizers", "fastapi", "uvicorn", "httpx", "llguidance", "xgrammar"),
+)
 
 
 def describe() -> dict[str, Any]:

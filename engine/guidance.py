@@ -169,11 +169,9 @@ class Guidance:
             self._failed.add(sequence.request_id)
             return self._eos_ids[0]
         self._failed.discard(sequence.request_id)
-        if not may_end:
-            return None
-        if not allowed.any():
-            return min(matched.ends, default=self._eos_ids[0])
-        for token_id in matched.ends:
+        if not _without_barred(allowed, sequence).any():
+            return _first(allowed) if allowed.any() else min(matched.ends, default=self._eos_ids[0])
+        for token_id in matched.ends if may_end else ():
             allowed[token_id >> 3] |= 1 << (token_id & 7)
         return None
 
@@ -183,6 +181,7 @@ class Guidance:
         if start is None:
             limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
             start = self._compiled[grammar] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+            start.compute_bitmask()  # the first takes longest, and its states serve the copies
         self._compiled.move_to_end(grammar)
         if len(self._compiled) > CACHE_SIZE:
             self._compiled.popitem(last=False)
@@ -216,3 +215,19 @@ def _take(allowed: NDArray[np.uint8], token_id: int) -> bool:
     was_set = bool(allowed[token_id >> 3] & bit)
     allowed[token_id >> 3] &= 0xFF ^ bit
     return was_set
+
+
+def _without_barred(allowed: NDArray[np.uint8], sequence: Sequence) -> NDArray[np.uint8]:
+    """What is left of a row where `min_tokens` bars the stop ids."""
+    sampling = sequence.sampling
+    if sequence.num_output_tokens >= sampling.min_tokens:
+        return allowed
+    left = allowed.copy()
+    for token_id in sampling.stop_token_ids:
+        _take(left, token_id)
+    return left
+
+
+def _first(allowed: NDArray[np.uint8]) -> int:
+    """The lowest id of a row that has one."""
+    return int(np.flatnonzero(np.unpackbits(allowed, bitorder="little"))[0])

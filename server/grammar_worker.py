@@ -3,7 +3,7 @@
 One JSON object on a line of standard input, one on a line of standard output. A source may be hostile, and the
 library that compiles it is native code: this process ends itself when a compilation takes too long or too much
 memory, and nothing else is hurt. A grammar that passes has been compiled with the checkpoint's own vocabulary, up
-to its first mask, so the engine can do the same. Knows nothing of requests or parameters.
+to the first mask with a choice in it, so the engine can do the same. Knows nothing of requests or parameters.
 """
 
 from __future__ import annotations
@@ -109,6 +109,9 @@ def compile_grammar(tokenizer: LLTokenizer, kind: str, source: Any) -> str:
         raise GrammarError(str(error)) from None
     matcher = LLMatcher(tokenizer, serialized, log_level=0, limits=LLParserLimits(verbose_errors=False))
     if not matcher.is_error():
+        matcher.compute_bitmask()
+    if not matcher.is_error() and (forced := matcher.compute_ff_tokens()):
+        matcher.consume_tokens(forced)
         matcher.compute_bitmask()
     if matcher.is_error():
         reason = matcher.get_error().removesuffix("<non-verbose/>").strip()

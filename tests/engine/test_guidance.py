@@ -123,6 +123,16 @@ def test_the_end_is_forced_when_nothing_else_is_left(guidance: Guidance, samplin
     assert guidance.advance({"r": SampledToken(token_id)})["r"].complete
 
 
+def test_a_grammar_wins_over_min_tokens(guidance: Guidance) -> None:
+    """Where all that may follow are stop ids, one of them follows, and the answer goes on."""
+    [star] = TOKENIZER.encode("*")
+    one = sequence("r", 'start: "*" "x" "y"', min_tokens=9, stop_token_ids=(star, EOS))
+    compiled(guidance, one)
+    assert masks_of(guidance, one).forced == ((0, star),)
+    assert not push(guidance, "r", "*").complete
+    assert masks_of(guidance, one).forced == ()
+
+
 def test_a_fork_goes_its_own_way(guidance: Guidance) -> None:
     parent, child = sequence("parent", WORDS), sequence("child", WORDS)
     compiled(guidance, parent)

@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from engine.guidance import TokenMasks
 from engine.messages import EngineRequest, SamplingParams
 from engine.noise import _MIX_1, _MIX_2, gumbel
 from engine.sampler import MAX_PARTIAL, Sampler
@@ -378,3 +379,43 @@ def test_logprobs_are_of_the_raw_logits_best_first() -> None:
 def test_as_many_logprobs_as_asked(asked: int | None, given: int | None) -> None:
     sampled = Sampler(1, V, torch.device("cpu")).sample(logits_of(), [sequence(logprobs=asked)])["r"]
     assert (None if sampled.logprobs is None else len(sampled.logprobs.top)) == given
+
+
+def masks_of(rows: tuple[int, ...], allowed: set[int], forced: tuple[tuple[int, int], ...] = ()) -> TokenMasks:
+    bits = np.zeros((len(rows), V), dtype=np.uint8)
+    bits[:, sorted(allowed)] = 1
+    return TokenMasks(rows, np.packbits(bits, axis=1, bitorder="little"), forced)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"temperature": 2.0},
+        {"temperature": 2.0, "top_k": 3},
+        {"temperature": 2.0, "top_p": 0.5},
+        {"temperature": 2.0, "min_p": 0.3},
+        {"temperature": 1.0, "logit_bias": ((1, 100.0),)},
+        {"temperature": 1.0, "repetition_penalty": 3.0, "presence_penalty": 2.0},
+    ],
+)
+def test_a_mask_holds_whatever_the_parameters_say(params: dict[str, Any]) -> None:
+    sequences = [sequence(seed=seed, request_id=str(seed), logprobs=1, **params) for seed in range(40)]
+    logits = logits_of(40)
+    free = Sampler(40, V, torch.device("cpu")).sample(logits.clone(), sequences)
+    masks = masks_of(tuple(range(0, 40, 2)), {7, 40, 63})
+    sampled = Sampler(40, V, torch.device("cpu")).sample(logits.clone(), sequences, masks)
+    assert {sampled[str(row)].token_id for row in masks.rows} <= {7, 40, 63}
+    assert all(sampled[str(row)] == free[str(row)] for row in range(1, 40, 2))
+    best = int(logits[0].argmax())
+    assert all(token.logprobs and token.logprobs.top[0][0] == best for token in sampled.values())
+
+
+def test_a_forced_token_is_sampled_where_nothing_else_is_left() -> None:
+    sequences = [
+        sequence(seed=seed, request_id=str(seed), min_tokens=9, stop_token_ids=(12,), temperature=1.0, top_p=0.9)
+        for seed in range(8)
+    ]
+    masks = masks_of((2, 5), {12}, forced=((2, 12), (5, 12)))
+    sampled = Sampler(8, V, torch.device("cpu")).sample(logits_of(8), sequences, masks)
+    assert [row for row in range(8) if sampled[str(row)].token_id == 12] == [2, 5]

@@ -74,6 +74,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         formatted({"enum": [f"s{k}" for k in range(100_000)]}), SCHEMA_PARAM, "invalid_json_schema"
     ),
     "slow": (formatted(SLOW), SCHEMA_PARAM, "invalid_json_schema"),
+    "600 optional properties": (
+        formatted({"properties": {f"p{k}": True for k in range(600)}, "type": "object"}),
+        SCHEMA_PARAM,
+        "invalid_json_schema",
+    ),
     "multipleOf": (formatted({"multipleOf": 7919}), SCHEMA_PARAM, "invalid_json_schema"),
     "multipleOf a word": (formatted({"multipleOf": "x"}), SCHEMA_PARAM, "invalid_json_schema"),
     "false": (formatted(False), SCHEMA_PARAM, "invalid_json_schema"),
