@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from pydantic import BaseModel
 
 from server.tokenizer import Tokenizer
 
@@ -132,6 +134,18 @@ def test_the_clients_own_helper_puts_a_stream_together(served: Served) -> None:
         message = stream.get_final_completion().choices[0].message
     assert message.content == "I'll look."
     assert [call.function.arguments for call in message.tool_calls] == ['{"city": "Köln"}', "{}"]
+
+
+class Weather(BaseModel):
+    city: str
+
+
+def test_the_clients_own_helper_parses_arguments(served: Served) -> None:
+    served.say(CALL)
+    tool = openai.pydantic_function_tool(Weather, name="get_weather")  # a strict one
+    answer = served.openai.chat.completions.parse(model="tiny-audio", messages=[user("Hi")], tools=[tool])
+    assert answer.choices[0].message.tool_calls[0].function.parsed_arguments == Weather(city="Köln")
+    assert "get_weather" in served.engine.requests[0].sampling.grammar
 
 
 @pytest.mark.parametrize("stream", [False, True])
