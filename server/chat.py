@@ -21,16 +21,20 @@ from server.tool_plan import Function
 async def complete_chat(serving: Serving, request: ChatRequest) -> Response:
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
-    tools = request.tool_plan
-    prompt, clips = await read_conversation(
+    clips, prompt = await read_chat(serving, request)
+    reply = ChatReply(model, serving.prompts.tokenizer, logprobs=request.num_logprobs is not None)
+    return await serving.answer(request, prompt, clips, reply, request.tool_plan)
+
+
+async def read_chat(serving: Serving, request: ChatRequest) -> tuple[list[Clip], Prompt]:
+    """The clips and the prompt of a request. Raises ApiError."""
+    return await read_conversation(
         serving,
         _clip_refs(request.messages),
         lambda: [_turn(message) for message in request.messages],
-        tools.functions,
+        request.tool_plan.functions,
         param="messages",
     )
-    reply = ChatReply(model, serving.prompts.tokenizer, logprobs=request.num_logprobs is not None)
-    return await serving.answer(request, prompt, clips, reply, tools)
 
 
 async def read_conversation(
@@ -40,15 +44,15 @@ async def read_conversation(
     functions: Sequence[Function],
     *,
     param: str,
-) -> tuple[Prompt, list[Clip]]:
-    """What the model reads of a conversation, and the clips in it. Raises ApiError.
+) -> tuple[list[Clip], Prompt]:
+    """The clips and the prompt of a conversation. Raises ApiError.
 
     `turns` runs in a thread: it may take a while. `param` names the conversation in what is raised.
     """
     clips = await serving.media.load(refs)
     num_tokens = [clip.num_tokens for clip in clips]
     prompt = await asyncio.to_thread(lambda: serving.prompts.chat(turns(), num_tokens, functions, param=param))
-    return prompt, clips
+    return clips, prompt
 
 
 def _clip_refs(messages: Sequence[AnyMessage]) -> list[ClipRef]:

@@ -34,7 +34,7 @@ async def create_response(serving: Serving, request: ResponsesRequest) -> Respon
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
     tools = request.tool_plan
-    prompt, clips = await read_conversation(
+    clips, prompt = await read_conversation(
         serving, list(_clip_refs(request)), lambda: _turns(request), tools.functions, param="input"
     )
     generation = await serving.generation(request, prompt, clips, tools)
