@@ -4,25 +4,34 @@ Rendered as transformers does it (sandboxed jinja, trimmed blocks). A checkpoint
 that transformers' processor has for Qwen2-Audio. What callers wrote is wrapped in marks before rendering and
 cut out at them afterwards, so that the result still knows which of its text is whose.
 
-Marks are noncharacters around a nonce of this one rendering: no caller can write them. White space at the ends
-of a text stays outside, so that templates that trim find it.
+Marks hold a nonce of this one rendering: no caller can write them. They are digits and brackets, which come through
+whatever templates do to texts: JSON with or without escapes, Python's notation of lists, a change of case. White
+space at the ends of a text stays outside, so that templates that trim find it; so do words inside the JSON of tools,
+so that templates that compare find those.
+
+A template may know tools itself. For one that does not, server/tool_prompt.py writes them into the turns.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import JsonValue
 
 from model.config import read_json
 from model.errors import ConfigError
+from server.tool_plan import Function
 
 DEFAULT_TEMPLATE = """\
 {% set audio_count = namespace(value=0) %}{% for message in messages %}\
@@ -41,6 +50,18 @@ AUDIO = None
 """Stands for a clip among a turn's texts."""
 
 
+_WORD = re.compile(r"[\w.-]*\Z", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class CalledFunction:
+    """A call that the model made in an earlier turn, or is said to have made."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, JsonValue]
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One message: a role of ours, and what the caller put in it, in order."""
@@ -48,6 +69,21 @@ class Turn:
     role: str
     content: str | tuple[str | None, ...]
     """A text, or texts and AUDIO marks."""
+    calls: tuple[CalledFunction, ...] = ()
+    """Of an assistant's turn."""
+    call_id: str = ""
+    """Of a tool's: the call that this is the result of."""
+
+
+class PromptEnd(Enum):
+    """Where a prompt ends."""
+
+    ANSWER = auto()
+    """Where a new answer begins."""
+    MESSAGES = auto()
+    """After the last message."""
+    INSIDE = auto()
+    """Inside the last message, which the answer continues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +104,12 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
             self._template: Template = environment.from_string(source)
+            variables = find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise ConfigError(f"the chat template cannot be compiled: {error}") from None
         self._constants = constants or {}
+        self.has_tools = "tools" in variables
+        """Whether the template writes tools, calls and results itself."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTemplate:
@@ -86,28 +125,27 @@ class ChatTemplate:
         return cls(DEFAULT_TEMPLATE, constants)
 
     def render(
-        self, turns: Sequence[Turn], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self, turns: Sequence[Turn], functions: Sequence[Function] = (), *, end: PromptEnd = PromptEnd.ANSWER
     ) -> list[Span]:
-        """The prompt's text up to where the answer begins: inside the final message where that is continued.
+        """The prompt's text up to where the answer begins. Raises TemplateError when the template refuses.
 
-        Raises TemplateError when the template refuses.
+        Only a template that has tools is given `functions`, calls and results.
         """
+        assert self.has_tools or not functions, "nobody would see them"
         marks = _Marks()
-        messages = [{"role": turn.role, "content": _content(turn.content, marks)} for turn in turns]
-        text = self._template.render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
-            **self._constants,
-        )
-        return marks.split(marks.cut(text, _last_text(turns[-1])) if continue_final_message else text)
+        variables: dict[str, Any] = {"messages": [_message(turn, marks) for turn in turns]}
+        if functions:
+            variables["tools"] = marks.wrap_json([function.to_json() for function in functions])
+        text = self._template.render(**variables, add_generation_prompt=end is PromptEnd.ANSWER, **self._constants)
+        return marks.split(marks.cut(text, _last_text(turns[-1])) if end is PromptEnd.INSIDE else text)
 
 
 class _Marks:
     """The marks of one rendering."""
 
     def __init__(self) -> None:
-        nonce = secrets.token_hex(8)
-        self._open, self._close = f"\ufdd0{nonce}\ufdd1", f"\ufdd2{nonce}\ufdd3"
+        nonce = str(secrets.randbits(128))
+        self._open, self._close = f"[[{nonce}[", f"]{nonce}]]"
 
     def wrap(self, text: str) -> str:
         core = text.strip()
@@ -126,6 +164,18 @@ class _Marks:
         tail = final[len(final.rstrip()) :]
         return text[: end + len(tail)] if text.startswith(tail, end) else text[:end]
 
+    def wrap_json(self, value: JsonValue) -> JsonValue:
+        """Wrap every text, keys too, that is more than a word and so could be part of a control token."""
+        match value:
+            case str():
+                return value if _WORD.match(value) else self.wrap(value)
+            case list():
+                return [self.wrap_json(item) for item in value]
+            case dict():
+                return {str(self.wrap_json(key)): self.wrap_json(item) for key, item in value.items()}
+            case _:
+                return value
+
     def split(self, text: str) -> list[Span]:
         """Cut at the marks. What a template did to unbalance them makes less trusted, never more."""
         first, *others = text.split(self._open)
@@ -135,6 +185,22 @@ class _Marks:
             spans.append(Span(untrusted, trusted=False))
             spans.append(Span(trusted.replace(self._close, ""), trusted=bool(closed) and self._close not in trusted))
         return [span for span in spans if span.text]
+
+
+def _message(turn: Turn, marks: _Marks) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": _content(turn.content, marks)}
+    if turn.calls:
+        message["tool_calls"] = [
+            {
+                "type": "function",
+                "id": marks.wrap(call.id),
+                "function": marks.wrap_json({"name": call.name, "arguments": dict(call.arguments)}),
+            }
+            for call in turn.calls
+        ]
+    if turn.call_id:
+        message["tool_call_id"] = marks.wrap(turn.call_id)
+    return message
 
 
 def _content(content: str | tuple[str | None, ...], marks: _Marks) -> str | list[dict[str, str]]:

@@ -11,12 +11,16 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from engine.client import EngineClient
 from engine.errors import EngineDeadError
 from engine.messages import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from server.detokenizer import IncrementalDetokenizer
+from server.tool_parser import CallDelta, StreamingToolParser
+
+TOOL_CALLS: Final = "tool_calls"
+"""The finish reason of an answer that ended with calls."""
 
 
 @dataclass(slots=True)
@@ -46,13 +50,16 @@ class Delta:
     text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the tokens since the last delta, when asked for. Their text may have been held back till now."""
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
+    """FinishReason, or TOOL_CALLS."""
     stop_reason: str | int | None = None
     """The stop string or token id of the request's own that ended the answer."""
     index: int = 0
     """Of the choice."""
     token_ids: tuple[int, ...] = ()
     """Tokens since the last delta, the one that ended the answer included."""
+    calls: tuple[CallDelta, ...] = ()
+    """What tool calls grew by, after the text."""
 
 
 @dataclass(slots=True)
@@ -60,8 +67,14 @@ class _Choice:
     """One choice in the making: what its next delta has so far."""
 
     detokenizer: IncrementalDetokenizer
+    tool_parser: StreamingToolParser | None
+    """Finds calls in the text, where there may be some."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+
+
+def _no_parser() -> None:
+    """There are no tools to call."""
 
 
 @dataclass(slots=True)
@@ -73,6 +86,8 @@ class Generation:
     new_detokenizer: Callable[[], IncrementalDetokenizer]
     usage: Usage
     """Shared by all generations of a request."""
+    new_tool_parser: Callable[[], StreamingToolParser | None] = _no_parser
+    """For each choice."""
     first_index: int = 0
     """Of the choices, in the answer to the whole request."""
     eos_token_ids: frozenset[int] = frozenset()
@@ -86,7 +101,7 @@ class Generation:
 
         Raises RequestError and EngineDeadError.
         """
-        choices = {index: _Choice(self.new_detokenizer()) for index in range(self.request.n)}
+        choices = {index: _Choice(self.new_detokenizer(), self.new_tool_parser()) for index in range(self.request.n)}
         async with aclosing(self.engine.generate(self.request)) as outputs:
             async for output in outputs:
                 delta = self._take(output, choices[output.index])
@@ -94,7 +109,7 @@ class Generation:
                     del choices[output.index]
                     if choices and not output.finish_reason:
                         self.engine.end_choice(self.request.request_id, output.index)
-                if delta.text or delta.finish_reason:
+                if delta.text or delta.calls or delta.finish_reason:
                     yield delta
                 if not choices:
                     return
@@ -115,24 +130,53 @@ class Generation:
                 break
             text += detokenizer.push(token_id)
             if detokenizer.stop_string is not None:
-                return self._delta(output, choice, text, FinishReason.STOP, detokenizer.stop_string)
+                return self._finish(output, choice, text, FinishReason.STOP, detokenizer.stop_string)
         if output.finish_reason is None:
-            return self._delta(output, choice, text) if text else Delta()
+            return self._grow(output, choice, text)
         text += detokenizer.finish()
         stop_id = None if output.stop_token_id in self.eos_token_ids else output.stop_token_id
         reason = FinishReason.STOP if detokenizer.stop_string is not None else output.finish_reason
-        return self._delta(output, choice, text, reason, detokenizer.stop_string or stop_id)
+        return self._finish(output, choice, text, reason, detokenizer.stop_string or stop_id)
+
+    def _grow(self, output: EngineOutput, choice: _Choice, text: str) -> Delta:
+        """What can be shown of an answer that goes on, unless its last call is whole."""
+        parser = choice.tool_parser
+        if parser is None:
+            return self._delta(output, choice, text) if text else Delta()
+        parsed = parser.feed(text)
+        if parser.is_done:
+            return self._delta(output, choice, parsed.text, TOOL_CALLS, calls=parsed.calls)
+        if parsed.text or parsed.calls:
+            return self._delta(output, choice, parsed.text, calls=parsed.calls)
+        return Delta()
+
+    def _finish(
+        self,
+        output: EngineOutput,
+        choice: _Choice,
+        text: str,
+        reason: FinishReason,
+        stop_reason: str | int | None,
+    ) -> Delta:
+        parser = choice.tool_parser
+        if parser is None:
+            return self._delta(output, choice, text, reason, stop_reason)
+        parsed, rest = parser.feed(text), parser.finish()
+        has_calls = parser.is_done or (reason is FinishReason.STOP and parser.num_calls)
+        ended_by = TOOL_CALLS if has_calls else reason
+        return self._delta(output, choice, parsed.text + rest.text, ended_by, stop_reason, parsed.calls)
 
     def _delta(
         self,
         output: EngineOutput,
         choice: _Choice,
         text: str,
-        reason: FinishReason | None = None,
+        reason: str | None = None,
         stop_reason: str | int | None = None,
+        calls: tuple[CallDelta, ...] = (),
     ) -> Delta:
         index = self.first_index + output.index
-        delta = Delta(text, tuple(choice.logprobs), reason, stop_reason, index, tuple(choice.token_ids))
+        delta = Delta(text, tuple(choice.logprobs), reason, stop_reason, index, tuple(choice.token_ids), calls)
         choice.logprobs.clear()
         choice.token_ids.clear()
         return delta
@@ -187,4 +231,5 @@ def _join(pieces: Sequence[Delta]) -> Delta:
         last.stop_reason,
         last.index,
         tuple(token_id for piece in pieces for token_id in piece.token_ids),
+        tuple(call for piece in pieces for call in piece.calls),
     )

@@ -66,11 +66,45 @@ def grammar(text: str) -> str:
     return LLMatcher.grammar_from_lark(text)
 
 
+def tool_calls(source: Any) -> str:
+    """Calls as server/tool_parser.py reads them. Unless they are required: text alone or before them; where text
+    has a schema, that or calls."""
+    more = r' ("\n<tool_call>" call)*' if source["is_parallel"] else ""
+    lines = [
+        r'call: "\n" '
+        + f"({' | '.join(f'call_{k}' for k in range(len(source['functions'])))})"
+        + r' "\n</tool_call>"'
+    ]
+    if source["is_required"]:
+        lines += [f'start: "<tool_call>" call{more}']
+    elif source["answer"] is not None:
+        lines += [f'start: answer | "<tool_call>" call{more}', f"answer: {_embedded(source['answer'])}"]
+    else:
+        lines += [f"start: TEXT | lead call{more}", _TEXT, _LEAD]
+    for k, (name, schema) in enumerate(source["functions"]):
+        head = json.dumps(f'{{"name": "{name}", "arguments": ')
+        lines += [f'call_{k}: {head} arguments_{k} "}}"', f"arguments_{k}: {_embedded(schema)}"]
+    return LLMatcher.grammar_from_lark("\n".join(lines))
+
+
+_TEXT = r"TEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
+_LEAD = r'lead[suffix="<tool_call>"]: /(?s:.*)/'
+
+
+def _embedded(schema: Any) -> str:
+    """A schema inside a Lark grammar."""
+    source = schema if isinstance(schema, dict) else {"allOf": [schema]}
+    return "%json " + json.dumps(
+        {**source, "x-guidance": {"whitespace_pattern": WHITESPACE, "json_allowed_escapes": ESCAPES}}
+    )
+
+
 _KINDS: dict[str, Callable[[Any], str]] = {
     "json_schema": json_schema,
     "regex": regex,
     "choice": choice,
     "grammar": grammar,
+    "tool_calls": tool_calls,
 }
 
 

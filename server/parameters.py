@@ -26,7 +26,7 @@ class Refusal:
     harmless: tuple[JsonValue, ...] = ()
 
 
-_NO_TOOLS = "tools are not supported"
+_OLD_TOOLS = "functions were replaced by tools"
 _GUIDED = "it was renamed: use structured_outputs"
 _NO_OVERRIDE = "requests cannot override how the server renders prompts or reads media"
 _NOT_HERE = "it is not supported by this server"
@@ -57,13 +57,11 @@ REFUSED_IN_CHAT: Mapping[str, Refusal] = {
     "chat_template": Refusal(_NO_OVERRIDE),
     "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
     "documents": Refusal(_NOT_HERE, ([],)),
-    "function_call": Refusal(_NO_TOOLS, ("none", "auto")),
-    "functions": Refusal(_NO_TOOLS, ([],)),
+    "function_call": Refusal(_OLD_TOOLS, ("none", "auto")),
+    "functions": Refusal(_OLD_TOOLS, ([],)),
     "modalities": Refusal("the model writes text only", (["text"],)),
     "moderation": Refusal(_NOT_HERE),
     "prediction": Refusal(_NOT_HERE),
-    "tool_choice": Refusal(_NO_TOOLS, ("none", "auto")),
-    "tools": Refusal(_NO_TOOLS, ([],)),
     "web_search_options": Refusal("the server reaches no web search"),
 }
 
@@ -75,20 +73,40 @@ REFUSED_IN_COMPLETIONS: Mapping[str, Refusal] = {
     "suffix": Refusal("the model does not fill in the middle", ("",)),
 }
 
+_NOT_STORED = "nothing is stored here: send the whole conversation"
+
+REFUSED_IN_RESPONSES: Mapping[str, Refusal] = {
+    **_REFUSED_EVERYWHERE,
+    "background": Refusal("answers are not kept for later", (False,)),
+    "chat_template": Refusal(_NO_OVERRIDE),
+    "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "context_management": Refusal(_NOT_HERE, ([],)),
+    "conversation": Refusal(_NOT_STORED),
+    "logprobs": Refusal("include message.output_text.logprobs instead", (False,)),
+    "max_completion_tokens": Refusal("it is max_output_tokens here"),
+    "messages": Refusal("it is input here"),
+    "modalities": Refusal("the model writes text only", (["text"],)),
+    "moderation": Refusal(_NOT_HERE),
+    "previous_response_id": Refusal(_NOT_STORED),
+    "prompt": Refusal("there are no stored prompts"),
+    "truncation": Refusal("nothing is ever truncated", ("disabled",)),
+}
+
 REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {
     "audio": Refusal("earlier answers have no audio here"),
-    "function_call": Refusal(_NO_TOOLS),
-    "tool_calls": Refusal(_NO_TOOLS, ([],)),
+    "function_call": Refusal(_OLD_TOOLS),
+    "tool_calls": Refusal("only assistant messages have them", ([],)),
 }
 
 IGNORED: frozenset[str] = frozenset(
     {
         "include_reasoning",
+        "max_tool_calls",
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
+        "reasoning",
         "reasoning_effort",
         "request_id",
         "safety_identifier",

@@ -17,9 +17,11 @@ from itertools import accumulate
 
 from jinja2 import TemplateError
 
-from server.chat_template import AUDIO, ChatTemplate, Span, Turn
+from server.chat_template import AUDIO, ChatTemplate, PromptEnd, Span, Turn
 from server.errors import ApiError, bad_request
 from server.tokenizer import Tokenizer
+from server.tool_plan import Function
+from server.tool_prompt import fold_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +47,27 @@ class PromptBuilder:
         self,
         turns: Sequence[Turn],
         clip_tokens: Sequence[int],
+        functions: Sequence[Function] = (),
         *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
+        end: PromptEnd = PromptEnd.ANSWER,
+        param: str = "messages",
     ) -> Prompt:
         """Render a conversation whose AUDIO parts are clips of so many tokens each, in order.
 
-        Raises ApiError: too long, or the template refuses the conversation.
+        `functions` are what the answer may call. Raises ApiError, which names `param`: too long, or the template
+        refuses the conversation.
         """
-        texts = (
-            text for turn in turns for text in ([turn.content] if isinstance(turn.content, str) else turn.content)
-        )
-        self._check_size(sum(len(text) for text in texts if text is not AUDIO), "messages")
+        folded = fold_tools(turns, functions)
+        self._check_size(sum(map(_num_chars, folded)), param)
         try:
-            spans = self.template.render(
-                turns,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
+            spans = (
+                self.template.render(turns, functions, end=end)
+                if self.template.has_tools
+                else self.template.render(folded, end=end)
             )
         except TemplateError as error:
-            raise bad_request(f"The chat template refuses these messages: {str(error)[:200]}", "messages") from None
-        return self._expand(self._encode(spans), clip_tokens, "messages")
+            raise bad_request(f"The chat template refuses these messages: {str(error)[:200]}", param) from None
+        return self._expand(self._encode(spans), clip_tokens, param)
 
     def raw(self, prompt: str | Sequence[int], clip_tokens: Sequence[int]) -> Prompt:
         """Take a prompt as it is, control tokens included.
@@ -131,3 +133,8 @@ class PromptBuilder:
             f"However, your {param} resulted in {num_tokens} tokens. Please reduce the length of the {param}."
         )
         return bad_request(message, param, "context_length_exceeded")
+
+
+def _num_chars(turn: Turn) -> int:
+    texts = [turn.content] if isinstance(turn.content, str) else turn.content
+    return sum(len(text) for text in texts if text is not AUDIO)

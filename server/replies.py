@@ -10,16 +10,36 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from engine.messages import TokenLogprobs
 from server.generation import Delta, Usage
 from server.tokenizer import Tokenizer
+from server.tool_parser import CallDelta, joined_calls
 
 Body = dict[str, Any]
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no -Infinity."""
+
+
+def listed_logprobs(tokens: Iterable[TokenLogprobs], tokenizer: Tokenizer) -> list[Body]:
+    """Log-probabilities with the raw bytes of each token, as chat and responses list them."""
+
+    def listed(token_id: int, logprob: float) -> Body:
+        raw = tokenizer.bytes_of(token_id)
+        text = raw.decode(errors="replace")
+        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(raw)}
+
+    return [
+        {
+            **listed(token.token_id, token.logprob),
+            "top_logprobs": [listed(token_id, logprob) for token_id, logprob in token.top],
+        }
+        for token in tokens
+    ]
 
 
 class Reply(ABC):
@@ -57,9 +77,8 @@ class Reply(ABC):
 
     def whole(self, answers: Sequence[Delta], usage: Usage) -> Body:
         """The answers in one body."""
-        choices = [
-            self._choice(answer, self._whole_text(self._echo(answer.index) + answer.text)) for answer in answers
-        ]
+        echoed = [replace(answer, text=self._echo(answer.index) + answer.text) for answer in answers]
+        choices = [self._choice(answer, self._whole_text(answer)) for answer in echoed]
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage.to_json()}
 
     @abstractmethod
@@ -68,7 +87,7 @@ class Reply(ABC):
 
     def chunk(self, delta: Delta) -> Body:
         """One piece of the answer."""
-        return self._chunk([self._choice(delta, self._delta_text(delta.text))])
+        return self._chunk([self._choice(delta, self._delta_text(delta))])
 
     def usage_chunk(self, usage: Usage) -> Body:
         """The chunk after the last piece, when asked for."""
@@ -93,10 +112,10 @@ class Reply(ABC):
         return self._tokenizer.bytes_of(token_id).decode(errors="replace")
 
     @abstractmethod
-    def _whole_text(self, text: str) -> Body: ...
+    def _whole_text(self, answer: Delta) -> Body: ...
 
     @abstractmethod
-    def _delta_text(self, text: str) -> Body: ...
+    def _delta_text(self, delta: Delta) -> Body: ...
 
     @abstractmethod
     def _logprobs(self, delta: Delta) -> Body: ...
@@ -126,25 +145,25 @@ class ChatReply(Reply):
     def _prompt_fields(self) -> Body:
         return {} if self._prompt_ids is None else {"prompt_token_ids": list(self._prompt_ids[0])}
 
-    def _whole_text(self, text: str) -> Body:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _whole_text(self, answer: Delta) -> Body:
+        calls = joined_calls(answer.calls)
+        message = {"role": "assistant", "content": answer.text or (None if calls else ""), "refusal": None}
+        return {"message": message | {"tool_calls": [self._call(call) for call in calls]} if calls else message}
 
-    def _delta_text(self, text: str) -> Body:
-        return {"delta": {"content": text} if text else {}}
+    def _delta_text(self, delta: Delta) -> Body:
+        content: Body = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            content["tool_calls"] = [{"index": call.index, **self._call(call)} for call in joined_calls(delta.calls)]
+        return {"delta": content}
+
+    def _call(self, call: CallDelta) -> Body:
+        if not call.name:
+            return {"function": {"arguments": call.arguments}}
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": call.id, "type": "function", "function": function}
 
     def _logprobs(self, delta: Delta) -> Body:
-        content = [
-            {
-                **self._token(token.token_id, token.logprob),
-                "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in token.top],
-            }
-            for token in delta.logprobs
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token_id: int, logprob: float) -> Body:
-        raw = list(self._tokenizer.bytes_of(token_id))
-        return {"token": self._token_text(token_id), "logprob": max(logprob, LOWEST_LOGPROB), "bytes": raw}
+        return {"content": listed_logprobs(delta.logprobs, self._tokenizer), "refusal": None}
 
 
 class CompletionReply(Reply):
@@ -173,11 +192,11 @@ class CompletionReply(Reply):
     def _prompt_fields(self, index: int) -> Body:
         return {} if self._prompt_ids is None else {"prompt_token_ids": list(self._prompt_ids[index // self._n])}
 
-    def _whole_text(self, text: str) -> Body:
-        return {"text": text}
+    def _whole_text(self, answer: Delta) -> Body:
+        return {"text": answer.text}
 
-    def _delta_text(self, text: str) -> Body:
-        return {"text": text}
+    def _delta_text(self, delta: Delta) -> Body:
+        return {"text": delta.text}
 
     def _logprobs(self, delta: Delta) -> Body:
         tokens = delta.logprobs

@@ -13,6 +13,8 @@ from server.chat import complete_chat
 from server.completions import complete_prompt
 from server.disconnect import while_connected
 from server.middleware import Traffic
+from server.responses import create_response
+from server.responses_schema import ResponsesRequest
 from server.schema import ChatRequest, CompletionRequest
 from server.serving import Serving
 
@@ -26,6 +28,13 @@ async def chat_completions(request: Request) -> Response:
     """A conversation's next turn."""
     body = await parse_body(request, ChatRequest, request.app.state.max_body_bytes)
     return await while_connected(request, complete_chat(_serving(request), body))
+
+
+@router.post("/v1/responses")
+async def responses(request: Request) -> Response:
+    """A conversation's next turn, in the shape of OpenAI's newer API."""
+    body = await parse_body(request, ResponsesRequest, request.app.state.max_body_bytes)
+    return await while_connected(request, create_response(_serving(request), body))
 
 
 @router.post("/v1/completions")

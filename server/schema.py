@@ -12,7 +12,13 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
-from server.constraints import JsonObjectFormat, JsonSchemaFormat, ResponseFormat, StructuredOutputs
+from server.constraints import (
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    ResponseFormat,
+    SchemaValue,
+    StructuredOutputs,
+)
 from server.parameters import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -21,12 +27,14 @@ from server.parameters import (
     check_refused,
     refused,
 )
-from server.strict_model import StrictModel
+from server.strict_model import MAX_ITEMS, StrictModel
+from server.text_content import TextPart
+from server.tool_messages import CallingMessage, ToolMessage, check_results
+from server.tool_plan import ToolPlan
+from server.tool_schema import MAX_TOOLS, Tool, ToolChoice, tool_plan
 
 MAX_STOP_CHARS = 1024
 """Of one stop string; the text held back while it may be beginning is as long."""
-MAX_ITEMS = 4096
-"""Of messages, parts and token lists: no context holds more that means something."""
 MAX_CHOICES = 128
 """Answers to one prompt."""
 MAX_TOTAL_CHOICES = 1024
@@ -56,11 +64,6 @@ class AudioUrl(StrictModel):
 
     url: str
     """http:, https: or data:."""
-
-
-class TextPart(StrictModel):
-    type: Literal["text"] = "text"
-    text: str
 
 
 class InputAudioPart(StrictModel):
@@ -159,6 +162,22 @@ class Message(StrictModel):
         return self
 
 
+def _message_tag(message: object) -> str:
+    if not isinstance(message, Mapping):
+        return "<message>"
+    if message.get("role") == "tool":
+        return "<result>"
+    return "<calls>" if message.get("role") == "assistant" and message.get("tool_calls") else "<message>"
+
+
+AnyMessage = Annotated[
+    Annotated[Message, Tag("<message>")]
+    | Annotated[CallingMessage, Tag("<calls>")]
+    | Annotated[ToolMessage, Tag("<result>")],
+    Discriminator(_message_tag),
+]
+
+
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
 
@@ -218,8 +237,7 @@ class GenerationRequest(StrictModel):
         if limit is not None and self.min_tokens is not None and self.min_tokens > limit:
             message = f"Invalid 'min_tokens': it must not be above the token limit of {limit}."
             raise refused("min_tokens", message, "invalid_value")
-        constrains = isinstance(self.response_format, JsonObjectFormat | JsonSchemaFormat)
-        if constrains and self.structured_outputs is not None:
+        if self.answer_schema is not None and self.structured_outputs is not None:
             message = "The answer cannot follow both 'response_format' and 'structured_outputs'."
             raise refused("structured_outputs", message, "invalid_value")
         return self
@@ -240,6 +258,17 @@ class GenerationRequest(StrictModel):
         return self.n or 1
 
     @property
+    def answer_schema(self) -> tuple[SchemaValue, str] | None:
+        """The JSON schema that the text of the answer shall satisfy, and where in the request it stands."""
+        match self.response_format:
+            case JsonObjectFormat():
+                return {"type": "object"}, "response_format"
+            case JsonSchemaFormat(json_schema=named):
+                return named.schema_, "response_format.json_schema.schema"
+            case _:
+                return None
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, however they were written."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -255,7 +284,7 @@ class ChatRequest(GenerationRequest):
 
     refusals = REFUSED_IN_CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS)]
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS)]
     max_completion_tokens: Count | None = None
     """Wins over max_tokens, its older name."""
     logprobs: bool | None = None
@@ -263,6 +292,9 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     """True unless the final message is continued."""
     continue_final_message: bool | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _check_end(self) -> Self:
@@ -276,11 +308,24 @@ class ChatRequest(GenerationRequest):
         return self
 
     @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        check_results(self.messages)
+        if self.tool_plan.functions and self.structured_outputs is not None:
+            message = "The answer cannot both call tools and follow 'structured_outputs'."
+            raise refused("structured_outputs", message, "invalid_value")
+        return self
+
+    @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
             raise refused("top_logprobs", message, "invalid_value")
         return self
+
+    @property
+    def tool_plan(self) -> ToolPlan:
+        """What the answer may call. Raises PydanticCustomError, but not once the request is valid."""
+        return tool_plan(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def token_limit(self) -> int | None:

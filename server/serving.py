@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from starlette.responses import JSONResponse, Response
@@ -25,8 +25,10 @@ from server.prompt import Prompt, PromptBuilder
 from server.replies import Reply
 from server.sampling import sampling_params
 from server.schema import GenerationRequest
-from server.streaming import EventStream
+from server.streaming import ReplyStream
 from server.structured import GrammarCompiler, compile_constraint
+from server.tool_grammar import compile_calls
+from server.tool_plan import NO_TOOLS, ToolPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,39 +55,38 @@ class Serving:
         return asked
 
     async def answer(
-        self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], reply: Reply
+        self,
+        request: GenerationRequest,
+        prompt: Prompt,
+        clips: Sequence[Clip],
+        reply: Reply,
+        tools: ToolPlan = NO_TOOLS,
     ) -> Response:
         """Generate, and answer whole or as a stream. Raises ApiError, RequestError, EngineDeadError."""
-        return await self.answer_all(request, [(prompt, clips)], reply)
+        return await self.answer_all(request, [(prompt, clips)], reply, tools)
 
     async def answer_all(
-        self, request: GenerationRequest, prompts: Sequence[tuple[Prompt, Sequence[Clip]]], reply: Reply
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[tuple[Prompt, Sequence[Clip]]],
+        reply: Reply,
+        tools: ToolPlan = NO_TOOLS,
     ) -> Response:
         """The same for several prompts: choice k of prompt p has the index p * n + k."""
-        grammar = await compile_constraint(self.grammars, request)
         usage = Usage(
             sum(len(prompt.token_ids) for prompt, _ in prompts),
             sum(prompt.num_audio_tokens for prompt, _ in prompts),
         )
+        generations = await self._generations(request, prompts, usage, tools)
         num_choices = len(prompts) * request.num_choices
-        generations = [
-            self._generation(request, prompt, clips, usage, first_index=index * request.num_choices, grammar=grammar)
-            for index, (prompt, clips) in enumerate(prompts)
-        ]
         if request.token_limit == 0:
             source = _nothing(num_choices)
         else:
             source = generations[0].deltas() if len(generations) == 1 else merge(generations)
         if not request.stream:
             return JSONResponse(reply.whole(await collect(source), usage))
-        deltas = Channel(source)
-        try:
-            await deltas.wait_begun(self.keep_alive_s)
-        except BaseException:
-            await deltas.aclose()
-            raise
-        return EventStream(
-            deltas,
+        return ReplyStream(
+            await self.begin(source),
             reply,
             usage,
             num_choices=num_choices,
@@ -93,14 +94,50 @@ class Serving:
             keep_alive_s=self.keep_alive_s,
         )
 
+    async def begin(self, source: AsyncGenerator[Delta, None]) -> Channel[Delta]:
+        """Start an answer that will be streamed. Raises as its deltas do, if it fails soon."""
+        deltas = Channel(source)
+        try:
+            await deltas.wait_begun(self.keep_alive_s)
+        except BaseException:
+            await deltas.aclose()
+            raise
+        return deltas
+
+    async def generation(
+        self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], tools: ToolPlan = NO_TOOLS
+    ) -> Generation:
+        """An answer that has not begun. Raises ApiError for parameters that cannot be honoured."""
+        usage = Usage(len(prompt.token_ids), prompt.num_audio_tokens)
+        [generation] = await self._generations(request, [(prompt, clips)], usage, tools)
+        return generation
+
+    async def _generations(
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[tuple[Prompt, Sequence[Clip]]],
+        usage: Usage,
+        tools: ToolPlan,
+    ) -> list[Generation]:
+        grammar = await compile_calls(self.grammars, tools, request.answer_schema)
+        if grammar is None:
+            grammar = await compile_constraint(self.grammars, request)
+        new_tool_parser = partial(tools.parser, is_constrained=grammar is not None)
+        return [
+            replace(
+                self._generation(request, prompt, clips, usage, grammar),
+                first_index=index * request.num_choices,
+                new_tool_parser=new_tool_parser,
+            )
+            for index, (prompt, clips) in enumerate(prompts)
+        ]
+
     def _generation(
         self,
         request: GenerationRequest,
         prompt: Prompt,
         clips: Sequence[Clip],
         usage: Usage,
-        *,
-        first_index: int,
         grammar: str | None,
     ) -> Generation:
         info = self.engine.info
@@ -134,7 +171,6 @@ class Serving:
                 min_tokens=sampling.min_tokens,
             ),
             usage=usage,
-            first_index=first_index,
             eos_token_ids=frozenset(self.defaults.eos_token_ids),
             show_stop_token=bool(request.include_stop_str_in_output),
         )

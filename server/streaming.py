@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -19,7 +20,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.channel import Channel
-from server.errors import to_api_error
+from server.errors import ApiError, to_api_error
 from server.generation import Delta, Usage
 from server.logs import log_failure
 from server.replies import Body, Reply
@@ -37,24 +38,12 @@ def encode_event(data: Any) -> bytes:
     return b"data: " + _to_json(data).encode() + b"\n\n"
 
 
-class EventStream(StreamingResponse):
-    """The streaming response of one answer; owns its channel."""
+class EventStream(StreamingResponse, ABC):
+    """The streaming response of one answer; owns its channel. Its subclasses know what the events say."""
 
-    def __init__(
-        self,
-        deltas: Channel[Delta],
-        reply: Reply,
-        usage: Usage,
-        *,
-        num_choices: int = 1,
-        include_usage: bool,
-        keep_alive_s: float | None,
-    ) -> None:
+    def __init__(self, deltas: Channel[Delta], *, num_choices: int = 1, keep_alive_s: float | None) -> None:
         self._deltas = deltas
-        self._reply = reply
-        self._usage = usage
         self._num_choices = num_choices
-        self._include_usage = include_usage
         self._keep_alive_s = keep_alive_s
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events(), headers=headers, media_type="text/event-stream")
@@ -67,17 +56,17 @@ class EventStream(StreamingResponse):
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
-            for opening in self._reply.openings():
-                yield self._chunk(opening)
+            if opening := self._opening():
+                yield opening
             async with aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
                     yield piece
-            if self._include_usage:
-                yield encode_event(self._reply.usage_chunk(self._usage))
+            ending = self._ending()
         except Exception as error:
             log_failure(logger, "a stream failed after it had begun", error)
-            yield encode_event(to_api_error(error).envelope())
-        yield DONE
+            ending = self._failure(to_api_error(error))
+        if ending:
+            yield ending
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
         num_left = self._num_choices
@@ -87,9 +76,52 @@ class EventStream(StreamingResponse):
             except TimeoutError:
                 yield KEEP_ALIVE
                 continue
-            yield self._chunk(self._reply.chunk(delta))
+            yield self._piece(delta)
             if delta.finish_reason:
                 num_left -= 1
+
+    @abstractmethod
+    def _opening(self) -> bytes: ...
+
+    @abstractmethod
+    def _piece(self, delta: Delta) -> bytes: ...
+
+    @abstractmethod
+    def _ending(self) -> bytes: ...
+
+    @abstractmethod
+    def _failure(self, error: ApiError) -> bytes: ...
+
+
+class ReplyStream(EventStream):
+    """The stream of POST /v1/chat/completions and /v1/completions."""
+
+    def __init__(
+        self,
+        deltas: Channel[Delta],
+        reply: Reply,
+        usage: Usage,
+        *,
+        num_choices: int,
+        include_usage: bool,
+        keep_alive_s: float | None,
+    ) -> None:
+        self._reply = reply
+        self._usage = usage
+        self._include_usage = include_usage
+        super().__init__(deltas, num_choices=num_choices, keep_alive_s=keep_alive_s)
+
+    def _opening(self) -> bytes:
+        return b"".join(map(self._chunk, self._reply.openings()))
+
+    def _piece(self, delta: Delta) -> bytes:
+        return self._chunk(self._reply.chunk(delta))
+
+    def _ending(self) -> bytes:
+        return (encode_event(self._reply.usage_chunk(self._usage)) if self._include_usage else b"") + DONE
+
+    def _failure(self, error: ApiError) -> bytes:
+        return encode_event(error.envelope()) + DONE
 
     def _chunk(self, body: Body) -> bytes:
         return encode_event(body | {"usage": None} if self._include_usage else body)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+MAX_ITEMS = 4096
+"""Of messages, parts and token lists: no context holds more that means something."""
+
 
 class StrictModel(BaseModel):
     """What all parts of a request share."""

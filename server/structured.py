@@ -13,13 +13,13 @@ import json
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from server.constraints import JsonObjectFormat, JsonSchemaFormat, StructuredOutputs
+from server.constraints import StructuredOutputs
 from server.errors import bad_request
 from server.json_schema import check_json_schema
 from server.schema import GenerationRequest
@@ -40,16 +40,14 @@ _CODES = {
     "regex": "invalid_regex",
     "choice": "invalid_choice",
     "grammar": "invalid_grammar",
+    "tool_calls": "invalid_json_schema",
 }
 
 
 async def compile_constraint(compiler: GrammarCompiler, request: GenerationRequest) -> str | None:
     """-> the grammar that a request asks for, if it asks for one. Raises ApiError."""
-    match request.response_format:
-        case JsonObjectFormat():
-            return await compiler.json_object()
-        case JsonSchemaFormat(json_schema=named):
-            return await compiler.json_schema(named.schema_, "response_format.json_schema.schema")
+    if request.answer_schema is not None:
+        return await compiler.json_schema(*request.answer_schema)
     match request.structured_outputs:
         case None:
             return None
@@ -113,6 +111,26 @@ class GrammarCompiler:
     async def grammar(self, text: str, param: str) -> str:
         """A context-free grammar, in Lark's notation or GBNF."""
         return await self._run(self._compile, "grammar", text, param)
+
+    async def tool_calls(
+        self,
+        functions: Sequence[tuple[str, dict[str, Any]]],
+        *,
+        answer: dict[str, Any] | bool | None,
+        is_required: bool,
+        is_parallel: bool,
+    ) -> str:
+        """A grammar of answers that call functions, given by name and schema of their arguments.
+
+        `answer`: the schema of what is no call; None: any text. All schemas were checked.
+        """
+        source = {
+            "functions": functions,
+            "answer": answer,
+            "is_required": is_required,
+            "is_parallel": is_parallel,
+        }
+        return await self._run(self._compile, "tool_calls", source, "tools")
 
     def close(self) -> None:
         """End the process. A later source starts a new one."""

@@ -22,12 +22,13 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Encoder
 
 from configs.settings import Settings
+from engine.messages import EngineInfo
 from server.app import create_app
 from server.chat_template import DEFAULT_TEMPLATE
 from server.lifecycle import DrainingServer
 from server.tokenizer import Tokenizer
 
-from .fake_engine import FakeEngineClient, Script
+from .fake_engine import INFO, FakeEngineClient, Script
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 PATTERN = (
@@ -125,12 +126,12 @@ class Servers:
         self._client = httpx.Client(trust_env=False, timeout=10)
         self._running: list[tuple[DrainingServer, threading.Thread]] = []
 
-    def start(self, **settings: Any) -> Served:
+    def start(self, *, info: EngineInfo = INFO, **settings: Any) -> Served:
         started = threading.Event()
         box: list[Served] = []
 
         async def run() -> None:
-            engine = FakeEngineClient()
+            engine = FakeEngineClient(info=info)
             app = create_app(Settings(**settings), engine, self._checkpoint)
             config = uvicorn.Config(
                 app, port=0, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1

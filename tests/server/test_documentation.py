@@ -7,15 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from server.parameters import IGNORED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGES
+from server.parameters import (
+    IGNORED,
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_IN_MESSAGES,
+    REFUSED_IN_RESPONSES,
+)
+from server.responses_schema import ResponsesRequest
 from server.schema import ChatRequest, CompletionRequest
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 NAMES = {
     *ChatRequest.model_fields,
     *CompletionRequest.model_fields,
+    *ResponsesRequest.model_fields,
     *REFUSED_IN_CHAT,
     *REFUSED_IN_COMPLETIONS,
+    *REFUSED_IN_RESPONSES,
     *REFUSED_IN_MESSAGES,
     *IGNORED,
 }
@@ -29,6 +38,7 @@ def test_parameter_is_documented(name: str) -> None:
 def test_no_parameter_is_both_honoured_and_refused() -> None:
     assert not set(ChatRequest.model_fields) & {*REFUSED_IN_CHAT, *IGNORED}
     assert not set(CompletionRequest.model_fields) & {*REFUSED_IN_COMPLETIONS, *IGNORED}
+    assert not set(ResponsesRequest.model_fields) & {*REFUSED_IN_RESPONSES, *IGNORED} - {"metadata"}
 
 
 def test_lists_of_refused_and_ignored_hold_nothing_else() -> None:

@@ -43,12 +43,7 @@ INVALID = {
     "null content": (chat(messages=[{"role": "user", "content": None}]), "messages[0].content", "invalid_type"),
     "empty content": (chat(messages=[{"role": "user", "content": []}]), "messages[0].content", "empty_array"),
     "unknown role": (chat(messages=[{"role": "pirate", "content": "Hi"}]), "messages[0].role", "invalid_value"),
-    "tool role": (chat(messages=[{"role": "tool", "content": "1"}]), "messages[0].role", "invalid_value"),
-    "tool calls": (
-        chat(messages=[{"role": "assistant", "content": "", "tool_calls": [{}]}]),
-        "messages[0].tool_calls",
-        "unsupported_parameter",
-    ),
+    "function role": (chat(messages=[{"role": "function", "content": "1"}]), "messages[0].role", "invalid_value"),
     "image": (
         chat(messages=[user(text_part("a"), {"type": "image_url", "image_url": {"url": "x"}})]),
         "messages[0].content[1].type",
@@ -98,7 +93,6 @@ INVALID = {
     "repetition_penalty": (chat(repetition_penalty=0), "repetition_penalty", "integer_below_min_value"),
     "top_k": (chat(top_k=-2), "top_k", "integer_below_min_value"),
     "min_p": (chat(min_p=1.01), "min_p", "decimal_above_max_value"),
-    "tools": (chat(tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
     "response_format": (chat(response_format={"type": "xml"}), "response_format.type", "invalid_value"),
     "guided": (chat(guided_json={}), "guided_json", "unsupported_parameter"),
     "audio out": (chat(modalities=["text", "audio"]), "modalities", "unsupported_parameter"),
