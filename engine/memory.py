@@ -8,7 +8,7 @@ from engine.errors import EngineStartError
 from engine.messages import EngineArgs
 from model.attention import AttentionMetadata
 from model.config import MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES
-from model.kv_cache import allocate_kv_cache, bytes_per_block
+from model.kv_cache import allocate_kv_cache, bytes_per_block, kv_cache_dtype
 from model.qwen2_audio import Qwen2Audio
 
 CPU_KV_BYTES = 2 << 30
@@ -18,7 +18,7 @@ CPU_KV_BYTES = 2 << 30
 def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len: int) -> int:
     """Blocks to allocate, the null block included. Raises EngineStartError when one full context does not fit."""
     weight = model.lm_head.weight
-    block_bytes = bytes_per_block(model.config.text, block_size, weight.dtype)
+    block_bytes = bytes_per_block(model.config.text, block_size, kv_cache_dtype(weight.dtype, weight.device))
     per_sequence = -(-max_model_len // block_size)
     most = args.max_num_seqs * per_sequence  # more could never be used
     num_blocks = min(most, _budget(args, model, block_size) // block_bytes)
@@ -66,7 +66,7 @@ def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> N
         slot_mapping=positions,
         seq_lens_device=torch.tensor([num_tokens], device=device),
     )
-    dtype = model.lm_head.weight.dtype
+    dtype = kv_cache_dtype(model.lm_head.weight.dtype, device)
     kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, device)
     hidden = model(model.embed(torch.zeros_like(positions)), positions, kv_cache, metadata)
     model.compute_logits(hidden[:1].expand(args.max_num_seqs, -1)).softmax(-1)

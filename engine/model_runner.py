@@ -19,7 +19,7 @@ from engine.sampler import Sampler
 from engine.scheduler import SampledToken, SchedulerOutput
 from engine.sequence import Sequence
 from model.attention import AttentionMetadata
-from model.kv_cache import allocate_kv_cache, copy_blocks
+from model.kv_cache import allocate_kv_cache, copy_blocks, kv_cache_dtype
 from model.qwen2_audio import Qwen2Audio
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class ModelRunner:
         self.block_size = block_size
         weight = model.lm_head.weight
         self.device = weight.device
-        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, weight.dtype, weight.device)
+        dtype = kv_cache_dtype(weight.dtype, weight.device)
+        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, weight.device)
         self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, weight.device)
         self._clips: dict[str, Tensor] = {}
         """Content hash -> embeddings [A, C]."""

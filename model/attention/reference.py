@@ -27,20 +27,24 @@ class ReferenceBackend:
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
-        """query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D]."""
+        """query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D], of any precision -> [T, H, D]."""
         slots = kv_layer.flatten(1, 2)  # [2, N * P, Hkv, D]
-        slots[0].index_copy_(0, metadata.slot_mapping, key)
-        slots[1].index_copy_(0, metadata.slot_mapping, value)
+        slots[0].index_copy_(0, metadata.slot_mapping, key.to(slots.dtype))
+        slots[1].index_copy_(0, metadata.slot_mapping, value.to(slots.dtype))
         out = torch.empty_like(query)
         block_size = kv_layer.shape[2]
         start = 0
         for row, (query_len, seq_len) in enumerate(zip(metadata.query_lens, metadata.seq_lens, strict=True)):
             stop = start + query_len
+            if query_len == seq_len:  # a whole prompt attends to itself, in its own precision
+                out[start:stop] = _attention(query[start:stop], key[start:stop], value[start:stop], is_causal=True)
+                start = stop
+                continue
             if (first := metadata.first_blocks[row]) is not None:
                 keys, values = slots[:, first * block_size : first * block_size + seq_len]
             else:
                 keys, values = self._gather(kv_layer, metadata.block_table[row], seq_len)
-            out[start:stop] = _attend(query[start:stop], keys, values)
+            out[start:stop] = _attend(query[start:stop].to(keys.dtype), keys, values)
             start = stop
         return out
 
@@ -66,11 +70,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal, bottom-right aligned. query: [Q, H, D], key and value: [S, Hkv, D] -> [Q, H, D]."""
     num_queries, length = query.shape[0], key.shape[0]
     if num_queries == 1:
-        if query.device.type == "cpu":  # one query against bfloat16 keys is 3.4 times slower than against float32
-            return _attention(query.float(), key.float(), value.float()).to(query.dtype)
         return _attention(query, key, value)
-    if num_queries == length:
-        return _attention(query, key, value, is_causal=True)
     positions = torch.arange(length, device=query.device)
     visible = positions[None, :] <= positions[length - num_queries :, None]
     return _attention(query, key, value, visible)
