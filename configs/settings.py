@@ -109,7 +109,15 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = _setting("server", "info", "least severe log lines")
 
     max_audio_clip_mb: float = _setting("audio", 25, "largest encoded clip, in MiB", gt=0)
-    max_audio_seconds: float = _setting("audio", 600, "longest clip that is decoded, in seconds", gt=0)
+    max_audio_seconds: float = _setting(
+        "audio", 600, "longest audio part of a chat or completion that is decoded, in seconds", gt=0
+    )
+    long_audio: Literal["split", "error", "truncate"] = _setting(
+        "audio",
+        "split",
+        "audio over 30 s in chats and completions that do not say themselves: split into consecutive clips of one "
+        "prompt, refuse, or truncate and tell",
+    )
     limit_mm_per_prompt: Annotated[dict[Literal["audio"], NonNegativeInt], BeforeValidator(_parse_limits)] = (
         _setting("audio", {"audio": 16}, "most clips in one request, as audio=N", metavar="audio=N")
     )

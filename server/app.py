@@ -74,7 +74,7 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader:
             audio_token_id=audio_token_id,
             max_model_len=engine.info.max_model_len,
         ),
-        media=MediaLoader(loader, max_clips=settings.max_audio_clips),
+        media=MediaLoader(loader, max_clips=settings.max_audio_clips, long_audio=settings.long_audio),
         defaults=_generation_defaults(settings, checkpoint, tokenizer),
         keep_alive_s=settings.sse_keep_alive_interval or None,
     )

@@ -198,6 +198,8 @@ class GenerationRequest(StrictModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_ITEMS)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    long_audio: Literal["split", "error", "truncate"] | None = None
+    """Tympan's own: what becomes of audio over 30 s. Omitted: as the server is set."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

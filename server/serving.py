@@ -99,7 +99,7 @@ class Serving:
                 include_stop_string=bool(request.include_stop_str_in_output),
                 min_tokens=sampling.min_tokens,
             ),
-            usage=Usage(num_prompt_tokens, prompt.num_audio_tokens),
+            usage=Usage(num_prompt_tokens, prompt.num_audio_tokens, truncated_audio_s=prompt.truncated_audio_s),
             eos_token_ids=frozenset(self.defaults.eos_token_ids),
             show_stop_token=bool(request.include_stop_str_in_output),
         )

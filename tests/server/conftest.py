@@ -8,7 +8,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from server.chat_template import DEFAULT_TEMPLATE
 from server.lifecycle import DrainingServer
 from server.tokenizer import Tokenizer
 
-from .fake_engine import FakeEngineClient, Script
+from .fake_engine import INFO, FakeEngineClient, Script
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 PATTERN = (
@@ -130,7 +130,8 @@ class Servers:
         box: list[Served] = []
 
         async def run() -> None:
-            engine = FakeEngineClient()
+            info = replace(INFO, max_model_len=settings.get("max_model_len", INFO.max_model_len))
+            engine = FakeEngineClient(info=info)
             app = create_app(Settings(**settings), engine, self._checkpoint)
             config = uvicorn.Config(
                 app, port=0, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1
