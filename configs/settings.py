@@ -118,6 +118,26 @@ class Settings(BaseModel):
         "audio over 30 s in chats and completions that do not say themselves: split into consecutive clips of one "
         "prompt, refuse, or truncate and tell",
     )
+    max_upload_mb: float = _setting(
+        "audio", 512, "largest upload for transcription, in MiB; beyond 1 MiB it is on disk, in TMPDIR", gt=0
+    )
+    max_transcription_seconds: float = _setting(
+        "audio", 43_200, "longest recording that is transcribed, in seconds", gt=0
+    )
+    transcription_window_seconds: float = _setting(
+        "audio",
+        30,
+        "longest piece of a recording that is transcribed at once, in seconds; checkpoints trained on short clips "
+        "do better with less than the 30 that the model can hear",
+        ge=2,
+        le=30,
+    )
+    transcription_recipe: Literal["auto", "chat", "base"] = _setting(
+        "audio",
+        "auto",
+        "how transcriptions are prompted: as a chat turn, or with the base checkpoint's raw prompts; auto: chat if "
+        "<|im_end|> ends the checkpoint's answers",
+    )
     limit_mm_per_prompt: Annotated[dict[Literal["audio"], NonNegativeInt], BeforeValidator(_parse_limits)] = (
         _setting("audio", {"audio": 16}, "most clips in one request, as audio=N", metavar="audio=N")
     )

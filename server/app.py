@@ -17,9 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from audio import AudioLimits, AudioLoader, FetchPolicy, MediaFetcher
+from configs.recipes import transcription_recipe
 from configs.settings import Settings
 from engine.client import EngineClient
-from model.config import GenerationConfig, Qwen2AudioConfig
+from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
@@ -30,10 +31,13 @@ from server.prompt import PromptBuilder
 from server.routes import router
 from server.serving import Serving
 from server.tokenizer import Tokenizer
+from server.transcriber import Transcriber
+from server.transcription_prompt import Recipe
 
 MIB = 1 << 20
 
-_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+_CHAT_END = "<|im_end|>"
+_END_TOKENS = (_CHAT_END, "<|endoftext|>")
 """What ends an answer when generation_config.json does not say."""
 
 
@@ -50,10 +54,13 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
         await loader.aclose()
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    app.state.serving = _serving(settings, engine, checkpoint, loader)
+    serving = _serving(settings, engine, checkpoint, loader)
+    app.state.serving = serving
+    app.state.transcriber = _transcriber(settings, serving, loader)
     app.state.traffic = Traffic()
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
+    app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_middleware(RequestScope, keys=ApiKeys(settings.api_key), traffic=app.state.traffic)
@@ -92,6 +99,22 @@ def _generation_defaults(settings: Settings, checkpoint: Path, tokenizer: Tokeni
         top_p=chosen.top_p,
         repetition_penalty=chosen.repetition_penalty,
     )
+
+
+def _transcriber(settings: Settings, serving: Serving, loader: AudioLoader) -> Transcriber:
+    is_chat = serving.prompts.tokenizer.special.get(_CHAT_END) in serving.defaults.eos_token_ids
+    kind = settings.transcription_recipe
+    if kind == "auto":
+        kind = "chat" if is_chat else "base"
+    of_clips = AudioLimits()
+    scale = settings.max_transcription_seconds / of_clips.max_clip_seconds
+    limits = AudioLimits(
+        max_clip_bytes=int(settings.max_upload_mb * MIB),
+        max_clip_seconds=settings.max_transcription_seconds,
+        max_decoded_bytes=int(of_clips.max_decoded_bytes * scale),
+    )
+    window_samples = int(settings.transcription_window_seconds * SAMPLE_RATE)
+    return Transcriber(serving, loader, limits, Recipe(**transcription_recipe(kind)), window_samples)
 
 
 def _audio_loader(settings: Settings) -> AudioLoader:

@@ -54,7 +54,7 @@ async def parse_body(request: Request, model: type[ModelT], max_bytes: int) -> M
     try:
         return await asyncio.to_thread(_validate, model, body)
     except ValidationError as error:
-        raise _to_api_error(error) from None
+        raise explain_invalid(error) from None
 
 
 def _validate(model: type[ModelT], body: bytes) -> ModelT:
@@ -65,23 +65,29 @@ def _validate(model: type[ModelT], body: bytes) -> ModelT:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > max_bytes:
-        raise _too_large(max_bytes)
+    check_declared_length(request, max_bytes)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            raise _too_large(max_bytes)
+            raise too_large(max_bytes)
     return bytes(body)
 
 
-def _too_large(max_bytes: int) -> ApiError:
+def check_declared_length(request: Request, max_bytes: int) -> None:
+    """Refuse a body that announces too many bytes before it is read. Raises ApiError."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise too_large(max_bytes)
+
+
+def too_large(max_bytes: int) -> ApiError:
+    """What a body above the cap is told."""
     message = f"The request body is too large: at most {max_bytes} bytes are accepted."
     return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
 
 
-def _to_api_error(error: ValidationError) -> ApiError:
+def explain_invalid(error: ValidationError) -> ApiError:
     """The first problem found, as OpenAI words it."""
     details = error.errors(include_url=False)[0]
     kind, ctx = details["type"], details.get("ctx", {})

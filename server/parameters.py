@@ -87,6 +87,22 @@ REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {
     "tool_calls": Refusal(_NO_TOOLS, ([],)),
 }
 
+_NO_SPEAKERS = "the model does not tell speakers apart"
+
+REFUSED_IN_TRANSCRIPTIONS: Mapping[str, Refusal] = {
+    "hotwords": Refusal("write them into 'prompt'"),
+    "keywords[]": Refusal("write them into 'prompt'"),
+    "known_speaker_names[]": Refusal(_NO_SPEAKERS),
+    "known_speaker_references[]": Refusal(_NO_SPEAKERS),
+    "languages[]": Refusal("name one in 'language'"),
+    "length_penalty": Refusal("beam search is not supported", ("1", "1.0")),
+    "n": Refusal(_NOT_HERE, ("1",)),
+    "to_language": Refusal("translations are into English"),
+    "use_beam_search": Refusal("beam search is not supported", ("false", "False")),
+    "vllm_xargs": Refusal(_NOT_HERE, ("{}",)),
+}
+"""Form fields, whose values are text."""
+
 IGNORED: frozenset[str] = frozenset(
     {
         "include_reasoning",

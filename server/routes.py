@@ -15,6 +15,9 @@ from server.disconnect import while_connected
 from server.middleware import Traffic
 from server.schema import ChatRequest, CompletionRequest
 from server.serving import Serving
+from server.transcription_form import Task
+from server.transcriptions import transcribe
+from server.upload import read_form
 
 OWNER = "tympan"
 
@@ -33,6 +36,18 @@ async def completions(request: Request) -> Response:
     """The continuation of a raw prompt."""
     body = await parse_body(request, CompletionRequest, request.app.state.max_body_bytes)
     return await while_connected(request, complete_prompt(_serving(request), body))
+
+
+@router.post("/v1/audio/transcriptions")
+async def transcriptions(request: Request) -> Response:
+    """A recording's words."""
+    return await _transcribe(request, "transcribe")
+
+
+@router.post("/v1/audio/translations")
+async def translations(request: Request) -> Response:
+    """A recording's words in English."""
+    return await _transcribe(request, "translate")
 
 
 @router.get("/v1/models")
@@ -60,6 +75,11 @@ async def ready(request: Request) -> Response:
     """200 while new requests are welcome, 503 otherwise. For load balancers."""
     traffic: Traffic = request.app.state.traffic
     return Response(status_code=200 if _is_alive(request) and not traffic.is_draining else 503)
+
+
+async def _transcribe(request: Request, task: Task) -> Response:
+    form = await read_form(request, request.app.state.max_upload_bytes, "file")
+    return await while_connected(request, transcribe(request.app.state.transcriber, form, task))
 
 
 def _serving(request: Request) -> Serving:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import EngineDeadError
@@ -55,20 +55,27 @@ class FakeEngineClient:
     requests: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     dead: asyncio.Event = field(default_factory=asyncio.Event)
+    script_of: Callable[[EngineRequest], Script] | None = None
+    """Where requests get different answers."""
+    num_running: int = 0
+    max_running: int = 0
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         self.requests.append(request)
         finished = False
+        self.num_running += 1
+        self.max_running = max(self.max_running, self.num_running)
         try:
             async for output in self._steps(request):
                 finished = output.finish_reason is not None
                 yield output
         finally:
+            self.num_running -= 1
             if not finished:
                 self.aborted.append(request.request_id)
 
     async def _steps(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
-        script = self.script
+        script = self.script_of(request) if self.script_of else self.script
         ids = list(script.token_ids)[: request.sampling.max_tokens]
         cut = len(ids) < len(script.token_ids)
         for start in range(0, len(ids), script.tokens_per_step):
