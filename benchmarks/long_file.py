@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     quiet = list(segment([sound], max_samples))
     starts = range(0, len(sound) - MIN_SAMPLES, max_samples)  # the recording ends with a pause
     naive = [sound[start : start + max_samples] for start in starts]
-    arguments = ["--transcription-window-seconds", str(args.window_seconds)]
+    arguments = ["--transcription-window-seconds", str(args.window_seconds), "--dtype", args.dtype]
     with serving(arguments) as client:
         for part in quiet[:4]:
             transcribe(client, wav(part, 0.9))  # warm-up
@@ -146,6 +146,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "long_file",
         "minutes": len(sound) / SAMPLE_RATE / 60,
         "window_seconds": args.window_seconds,
+        "dtype": args.dtype,
         "windows": len(quiet),
         "words": len(words),
         "one_at_a_time_s": serial_s,
@@ -164,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--window-seconds", type=float, default=5)
+    parser.add_argument("--dtype", default="float32", help="of the server")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
