@@ -65,19 +65,25 @@ def _validate(model: type[ModelT], body: bytes) -> ModelT:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > max_bytes:
-        raise _too_large(max_bytes)
+    check_declared_size(request, max_bytes)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            raise _too_large(max_bytes)
+            raise too_large(max_bytes)
     return bytes(body)
 
 
-def _too_large(max_bytes: int) -> ApiError:
-    message = f"The request body is too large: at most {max_bytes} bytes are accepted."
+def check_declared_size(request: Request, max_bytes: int) -> None:
+    """Raise ApiError (413) when the request says itself that it is too large: not a byte of it need be read."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise too_large(max_bytes)
+
+
+def too_large(max_bytes: int, what: str = "The request body is") -> ApiError:
+    """A 413 that also ends the connection: what else comes is not read."""
+    message = f"{what} too large: at most {max_bytes} bytes are accepted."
     return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
 
 
