@@ -21,6 +21,7 @@ from configs.settings import Settings
 from engine.client import EngineClient
 from model.config import GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
+from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
 from server.errors import to_api_error
@@ -74,7 +75,7 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader:
             audio_token_id=audio_token_id,
             max_model_len=engine.info.max_model_len,
         ),
-        media=MediaLoader(loader, max_clips=settings.max_audio_clips),
+        media=MediaLoader(loader, max_clips=settings.max_audio_clips, store=_audio_store(settings)),
         defaults=_generation_defaults(settings, checkpoint, tokenizer),
         keep_alive_s=settings.sse_keep_alive_interval or None,
     )
@@ -104,6 +105,12 @@ def _audio_loader(settings: Settings) -> AudioLoader:
         allowed_private_hosts=frozenset(settings.allowed_private_media_hosts),
     )
     return AudioLoader(limits, MediaFetcher(policy, limits))
+
+
+def _audio_store(settings: Settings) -> AudioStore:
+    """Every key has an equal share."""
+    max_bytes = int(settings.max_stored_audio_mb * MIB)
+    return AudioStore(max_bytes, settings.stored_audio_ttl, num_scopes=len(set(settings.api_key)))
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

@@ -57,6 +57,14 @@ async def parse_body(request: Request, model: type[ModelT], max_bytes: int) -> M
         raise _to_api_error(error) from None
 
 
+def parse_text_values(model: type[ModelT], values: Mapping[str, str]) -> ModelT:
+    """Validate what can only be text: the fields of a form, or a query. Raises ApiError (400)."""
+    try:
+        return model.model_validate_strings(values)
+    except ValidationError as error:
+        raise _to_api_error(error) from None
+
+
 def _validate(model: type[ModelT], body: bytes) -> ModelT:
     num_values = sum(body.count(sign) for sign in (b",", b"[", b"{"))
     if num_values > MAX_JSON_VALUES:
@@ -125,9 +133,9 @@ def _path(loc: Sequence[int | str]) -> str:
 
 def _out_of_range(param: str, details: ErrorDetails) -> ApiError:
     value = details["input"]
-    number = "integer" if isinstance(value, int) else "decimal"
     code, words, sign, key = _BOUNDS[details["type"]]
     bound = details["ctx"][key]
+    number = "integer" if isinstance(bound if isinstance(value, str) else value, int) else "decimal"
     limit = f"{bound:g}" if isinstance(bound, float) else str(bound)
     expected = f"Expected a value {sign} {limit}, but got {str(value)[:MAX_SHOWN_CHARS]} instead."
     return bad_request(f"Invalid '{param}': {number} {words} value. {expected}", param, f"{number}_{code}")

@@ -1,20 +1,22 @@
 """The clips of a request: where its audio parts point, loaded side by side, checked against what the model hears.
 
-Every failure is a 400 that names the part. Fetching and decoding are the audio package's; this module knows the
-model's window (30 s) and how many positions a clip takes.
+Every failure is a 400 that names the part, or a 404 where it names no upload. Fetching and decoding are the audio
+package's; this module knows the model's window (30 s) and how many positions a clip takes.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from audio import AudioError, AudioLoader, AudioSource, AudioUrl, InlineAudio
+from audio import AudioError, AudioLoader, AudioSource, AudioUrl, InlineAudio, Pcm
 from model.config import MAX_AUDIO_SAMPLES, MAX_AUDIO_SECONDS, SAMPLE_RATE, num_audio_tokens
+from server.audio_store import AudioStore
+from server.auth import EVERYBODY
 from server.errors import ApiError, bad_request
 from server.schema import AudioPart, AudioUrlPart, InputAudioPart
 
@@ -44,6 +46,13 @@ class MediaLoader:
     loader: AudioLoader
     max_clips: int
     """In one request."""
+    store: AudioStore
+    caller: str = EVERYBODY
+    """Whose uploads the ids in requests mean."""
+
+    def of(self, caller: str) -> MediaLoader:
+        """The same loader, for the uploads of `caller`."""
+        return replace(self, caller=caller)
 
     async def load(self, refs: Sequence[ClipRef]) -> list[Clip]:
         """Load all clips at once; the first failure cancels the rest. Raises ApiError."""
@@ -58,26 +67,42 @@ class MediaLoader:
                 task.cancel()
 
     async def _load(self, ref: ClipRef) -> Clip:
+        pcm = self._stored(ref) or await self.read(_source(ref.part), ref.param)
+        if pcm.num_samples > MAX_AUDIO_SAMPLES:
+            raise _too_long(pcm.num_samples, ref.param)
+        return Clip(pcm.samples, pcm.content_hash, check_audible(pcm.num_samples, ref.param))
+
+    def _stored(self, ref: ClipRef) -> Pcm | None:
+        """The upload that the part names, if it names one."""
+        if not isinstance(ref.part, InputAudioPart) or (audio_id := ref.part.input_audio.id) is None:
+            return None
+        audio = self.store.get(self.caller, audio_id)
+        if audio is None:
+            message = f"There is no audio with the id '{audio_id[:100]}': it is unknown, expired or not yours."
+            raise ApiError(404, message, param=f"{ref.param}.input_audio.id", code="audio_not_found")
+        return audio.pcm
+
+    async def read(self, source: AudioSource, param: str) -> Pcm:
+        """Fetch and decode a clip. Raises ApiError that names `param`."""
         try:
-            pcm = await self.loader.load(_source(ref.part))
+            return await self.loader.load(source)
         except AudioError as error:
-            raise bad_request(error.message, ref.param, error.code) from None
-        num_samples = pcm.num_samples
-        if num_samples > MAX_AUDIO_SAMPLES:
-            raise _too_long(num_samples, ref.param)
-        num_tokens = num_audio_tokens(num_samples)
-        if num_tokens == 0:
-            message = (
-                f"The audio is too short: {1000 * num_samples / SAMPLE_RATE:.0f} ms; the model needs over 20 ms."
-            )
-            raise bad_request(message, ref.param, "audio_too_short")
-        return Clip(pcm.samples, pcm.content_hash, num_tokens)
+            raise bad_request(error.message, param, error.code) from None
+
+
+def check_audible(num_samples: int, param: str) -> int:
+    """How many tokens a clip takes. Raises ApiError when it is too short to be heard."""
+    num_tokens = num_audio_tokens(num_samples)
+    if num_tokens == 0:
+        message = f"The audio is too short: {1000 * num_samples / SAMPLE_RATE:.0f} ms; the model needs over 20 ms."
+        raise bad_request(message, param, "audio_too_short")
+    return num_tokens
 
 
 def _source(part: AudioPart) -> AudioSource:
     match part:
         case InputAudioPart():
-            return InlineAudio(part.input_audio.data, part.input_audio.format)
+            return InlineAudio(part.input_audio.data or "", part.input_audio.format)
         case AudioUrlPart():
             return AudioUrl(part.audio_url.url)
         case _:

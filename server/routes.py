@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from engine.errors import EngineDeadError
+from server import files
 from server.body import parse_body
 from server.chat import complete_chat
 from server.completions import complete_prompt
@@ -49,6 +50,36 @@ async def retrieve_model(request: Request, name: str) -> Response:
     return JSONResponse(_model(request, _serving(request).model_name(name)))
 
 
+@router.post("/v1/files")
+async def create_file(request: Request) -> Response:
+    """Upload a clip, to be named by its id in requests."""
+    return await files.create_file(_serving(request).media, request, request.app.state.max_body_bytes)
+
+
+@router.get("/v1/files")
+async def list_files(request: Request) -> Response:
+    """The clips that the caller has uploaded."""
+    return files.list_files(_serving(request).media, request)
+
+
+@router.get("/v1/files/{file_id}")
+async def retrieve_file(request: Request, file_id: str) -> Response:
+    """What is known of one of them."""
+    return files.retrieve_file(_serving(request).media, file_id)
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(request: Request, file_id: str) -> Response:
+    """Forget one of them."""
+    return files.delete_file(_serving(request).media, file_id)
+
+
+@router.get("/v1/files/{file_id}/content")
+async def download_file(request: Request, file_id: str) -> Response:
+    """Refused: uploads are not given out."""
+    return files.refuse_content(_serving(request).media, file_id)
+
+
 @router.get("/health")
 async def health(request: Request) -> Response:
     """200 while the engine lives, 503 after. For liveness probes: load and draining do not matter."""
@@ -63,13 +94,14 @@ async def ready(request: Request) -> Response:
 
 
 def _serving(request: Request) -> Serving:
+    """What serves this request, with its caller's uploads."""
     serving: Serving = request.app.state.serving
-    return serving
+    return serving.of(request.state.caller)
 
 
 def _is_alive(request: Request) -> bool:
     try:
-        _serving(request).engine.check_health()
+        request.app.state.serving.engine.check_health()
     except EngineDeadError:
         return False
     return True

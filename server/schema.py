@@ -43,12 +43,22 @@ class StrictModel(BaseModel):
 
 
 class InputAudio(StrictModel):
-    """Audio inside the request."""
+    """Audio inside the request, or uploaded before it."""
 
-    data: str
+    data: str | None = None
     """Base64, or a whole data: URL."""
+    id: str | None = None
+    """Of an upload (POST /v1/files), instead of data."""
     format: str | None = None
     """A hint only: the bytes are sniffed."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.data is None and self.id is None:
+            raise refused("data", "Missing required parameter: 'data', or 'id'.", "missing_required_parameter")
+        if self.data is not None and self.id is not None:
+            raise refused("id", "Audio comes either with 'data' or with the 'id' of an upload.", "invalid_value")
+        return self
 
 
 class AudioUrl(StrictModel):
