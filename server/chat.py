@@ -7,7 +7,8 @@ import asyncio
 from starlette.responses import Response
 
 from server.chat_template import AUDIO, Turn
-from server.media import ClipRef
+from server.media import Clip, ClipRef
+from server.prompt import Prompt
 from server.replies import ChatReply
 from server.schema import AudioPart, ChatRequest, Message, TextPart
 from server.serving import Serving
@@ -16,12 +17,16 @@ from server.serving import Serving
 async def complete_chat(serving: Serving, request: ChatRequest) -> Response:
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
-    clips = await serving.media.load(_clip_refs(request.messages))
-    prompt = await asyncio.to_thread(
-        serving.prompts.chat, [_turn(message) for message in request.messages], [clip.num_tokens for clip in clips]
-    )
+    prompt, clips = await read_messages(serving, request.messages)
     reply = ChatReply(model, serving.prompts.tokenizer, logprobs=request.num_logprobs is not None)
     return await serving.answer(request, prompt, clips, reply)
+
+
+async def read_messages(serving: Serving, messages: list[Message]) -> tuple[Prompt, list[Clip]]:
+    """What the model reads of a conversation, and the clips in it. Raises ApiError."""
+    clips = await serving.media.load(_clip_refs(messages))
+    turns = [_turn(message) for message in messages]
+    return await asyncio.to_thread(serving.prompts.chat, turns, [clip.num_tokens for clip in clips]), clips
 
 
 def _clip_refs(messages: list[Message]) -> list[ClipRef]:

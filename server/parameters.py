@@ -81,6 +81,15 @@ REFUSED_IN_COMPLETIONS: Mapping[str, Refusal] = {
     "suffix": Refusal("the model does not fill in the middle", ("",)),
 }
 
+REFUSED_IN_TOKENIZE: Mapping[str, Refusal] = {
+    "add_generation_prompt": Refusal(_NOT_HERE, (True,)),
+    "chat_template": Refusal(_NO_OVERRIDE),
+    "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "continue_final_message": Refusal(_NOT_HERE, (False,)),
+    "mm_processor_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "tools": Refusal(_NO_TOOLS, ([],)),
+}
+
 REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {
     "audio": Refusal("earlier answers have no audio here"),
     "function_call": Refusal(_NO_TOOLS),

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from engine.errors import EngineDeadError
-from server import files
+from server import files, tokenization
 from server.body import parse_body
 from server.chat import complete_chat
 from server.completions import complete_prompt
@@ -78,6 +78,22 @@ async def delete_file(request: Request, file_id: str) -> Response:
 async def download_file(request: Request, file_id: str) -> Response:
     """Refused: uploads are not given out."""
     return files.refuse_content(_serving(request).media, file_id)
+
+
+@router.post("/tokenize")
+@router.post("/v1/tokenize")
+async def tokenize(request: Request) -> Response:
+    """The tokens of a prompt or a conversation, clips included."""
+    body = await parse_body(request, tokenization.TokenizeRequest, request.app.state.max_body_bytes)
+    return await while_connected(request, tokenization.tokenize(_serving(request), body))
+
+
+@router.post("/detokenize")
+@router.post("/v1/detokenize")
+async def detokenize(request: Request) -> Response:
+    """The text of tokens."""
+    body = await parse_body(request, tokenization.DetokenizeRequest, request.app.state.max_body_bytes)
+    return await tokenization.detokenize(_serving(request), body)
 
 
 @router.get("/health")

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from server.parameters import IGNORED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGES
+from server.parameters import (
+    IGNORED,
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_IN_MESSAGES,
+    REFUSED_IN_TOKENIZE,
+)
 from server.schema import ChatRequest, CompletionRequest
+from server.tokenization import DetokenizeRequest, TokenizeRequest
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 NAMES = {
@@ -17,6 +24,9 @@ NAMES = {
     *REFUSED_IN_CHAT,
     *REFUSED_IN_COMPLETIONS,
     *REFUSED_IN_MESSAGES,
+    *REFUSED_IN_TOKENIZE,
+    *TokenizeRequest.model_fields,
+    *DetokenizeRequest.model_fields,
     *IGNORED,
 }
 
