@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -27,8 +28,9 @@ from server.chat_template import ChatTemplate
 from server.errors import to_api_error
 from server.media import MediaLoader
 from server.middleware import RequestScope, Traffic
+from server.openapi import make_document
 from server.prompt import PromptBuilder
-from server.routes import router
+from server.routes import allowed_methods, router
 from server.serving import Serving
 from server.tokenizer import Tokenizer
 
@@ -55,6 +57,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.state.traffic = Traffic()
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
+    app.state.openapi = make_document(router.routes, has_keys=bool(settings.api_key))
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_middleware(RequestScope, keys=ApiKeys(settings.api_key), traffic=app.state.traffic)
@@ -113,5 +116,8 @@ def _audio_store(settings: Settings) -> AudioStore:
     return AudioStore(max_bytes, settings.stored_audio_ttl, num_scopes=len(set(settings.api_key)))
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
-    return to_api_error(error).response()
+async def _refuse(request: Request, error: Exception) -> Response:
+    told = to_api_error(error)
+    if told.status == 405:
+        told = replace(told, headers={"Allow": ", ".join(allowed_methods(request.scope))})
+    return told.response()

@@ -90,6 +90,8 @@ class AudioUrlPart(StrictModel):
 class TemplateAudioPart(StrictModel):
     """Qwen2-Audio's own audio part, as its chat template and model card write it."""
 
+    model_config = ConfigDict(json_schema_extra={"required": ["type"]})
+
     type: Literal["audio"] = "audio"
     audio_url: str | None = None
     audio: str | None = None
