@@ -19,7 +19,7 @@ from server.sampling import check_token_ids
 from server.schema import MAX_ITEMS, AudioInput, Message, StrictModel, TokenId
 from server.serving import Serving
 
-MAX_TOKENS = 1 << 20
+MAX_TOKENS = 1 << 18
 """Of a list to detokenize: far above any context."""
 
 
