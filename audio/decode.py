@@ -9,7 +9,7 @@ import io
 import math
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import soundfile
@@ -45,7 +45,7 @@ def decode(data: bytes, limits: AudioLimits) -> Pcm:
     return _whole(_read_with_ffmpeg(file, container.demuxers, limits))
 
 
-def decode_blocks(file: BinaryIO, limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
+def decode_blocks(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
     """Decode a seekable file to blocks of 16 kHz mono, float32 [S], holding one at a time. Raises as `decode`.
 
     Put end to end they are what `decode` gives, but for a file that libsndfile gives up midway: FFmpeg gets its
@@ -66,7 +66,7 @@ def decode_blocks(file: BinaryIO, limits: AudioLimits) -> Iterator[NDArray[np.fl
     yield from _read_with_ffmpeg(file, container.demuxers, limits)
 
 
-def _check(file: BinaryIO, limits: AudioLimits) -> Container:
+def _check(file: IO[bytes], limits: AudioLimits) -> Container:
     """What the first bytes say the file is. Leaves it at its start."""
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -149,7 +149,7 @@ class _MonoSink:
 class _ForgivingFile:
     """Stays put on an impossible seek: an exception cannot cross libsndfile, and would go to stderr."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.read = file.read
         self.tell = file.tell
@@ -161,7 +161,7 @@ class _ForgivingFile:
             return self._file.tell()
 
 
-def _read_with_soundfile(file: BinaryIO, limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
+def _read_with_soundfile(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
     try:
         with soundfile.SoundFile(_ForgivingFile(file)) as sound:
             sink = _MonoSink(sound.samplerate, sound.channels, limits)
@@ -177,7 +177,7 @@ def _read_with_soundfile(file: BinaryIO, limits: AudioLimits) -> Iterator[NDArra
         raise _undecodable() from None  # its text holds the buffer's memory address
 
 
-def _read_with_ffmpeg(file: BinaryIO, demuxers: str, limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
+def _read_with_ffmpeg(file: IO[bytes], demuxers: str, limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
     sink: _MonoSink | None = None
     rate = 0
     try:

@@ -8,7 +8,7 @@ listed here, and may not allocate without bound. Native layout comes out: FFmpeg
 import ctypes
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import av
 import av._core
@@ -56,7 +56,7 @@ _OPTIONS = {
 _FULL_SCALE = {"u1": 128.0, "i2": 32768.0, "i4": 2147483648.0}
 
 
-def read_blocks(file: BinaryIO, demuxers: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def read_blocks(file: IO[bytes], demuxers: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield (sample rate in Hz, float32 [num_frames, num_channels]) for the first audio stream.
 
     Raises AudioDecodeError for a file without usable audio, else one of CODEC_ERRORS.

@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
+from typing import IO
 
 from audio.decode import decode, decode_blocks
 from audio.errors import AudioFetchError
@@ -39,7 +39,7 @@ class AudioLoader:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._executor, lambda: decode(read(), self._limits))
 
-    async def stream(self, file: BinaryIO, limits: AudioLimits, max_samples: int) -> AsyncGenerator[Pcm, None]:
+    async def stream(self, file: IO[bytes], limits: AudioLimits, max_samples: int) -> AsyncGenerator[Pcm, None]:
         """The windows of a seekable file, cut by `audio.segment`, each decoded when it is asked for.
 
         `limits` are this file's, instead of the loader's own. The file is in use until the generator is closed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -22,13 +23,15 @@ from configs.settings import Settings
 from engine.client import EngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
+from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
 from server.errors import to_api_error
 from server.media import MediaLoader
 from server.middleware import RequestScope, Traffic
+from server.openapi import make_document
 from server.prompt import PromptBuilder
-from server.routes import router
+from server.routes import allowed_methods, router
 from server.serving import Serving
 from server.tokenizer import Tokenizer
 from server.transcriber import Transcriber
@@ -61,6 +64,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
     app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
+    app.state.openapi = make_document(router.routes, has_keys=bool(settings.api_key))
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_middleware(RequestScope, keys=ApiKeys(settings.api_key), traffic=app.state.traffic)
@@ -81,7 +85,12 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader:
             audio_token_id=audio_token_id,
             max_model_len=engine.info.max_model_len,
         ),
-        media=MediaLoader(loader, max_clips=settings.max_audio_clips, long_audio=settings.long_audio),
+        media=MediaLoader(
+            loader,
+            max_clips=settings.max_audio_clips,
+            store=_audio_store(settings),
+            long_audio=settings.long_audio,
+        ),
         defaults=_generation_defaults(settings, checkpoint, tokenizer),
         keep_alive_s=settings.sse_keep_alive_interval or None,
     )
@@ -129,5 +138,14 @@ def _audio_loader(settings: Settings) -> AudioLoader:
     return AudioLoader(limits, MediaFetcher(policy, limits))
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
-    return to_api_error(error).response()
+def _audio_store(settings: Settings) -> AudioStore:
+    """Every key has an equal share."""
+    max_bytes = int(settings.max_stored_audio_mb * MIB)
+    return AudioStore(max_bytes, settings.stored_audio_ttl, num_scopes=len(set(settings.api_key)))
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    told = to_api_error(error)
+    if told.status == 405:
+        told = replace(told, headers={"Allow": ", ".join(allowed_methods(request.scope))})
+    return told.response()

@@ -9,25 +9,33 @@ from dataclasses import replace
 from starlette.responses import Response
 
 from server.chat_template import AUDIO, Turn
-from server.media import ClipRef, all_clips, check_windows_fit, truncation_header
+from server.media import ClipRef, Recording, all_clips, check_windows_fit, truncation_header
+from server.prompt import Prompt
 from server.replies import ChatReply
-from server.schema import AudioPart, ChatRequest, Message, TextPart
+from server.schema import AudioPart, ChatRequest, LongAudio, Message, TextPart
 from server.serving import Serving
 
 
 async def complete_chat(serving: Serving, request: ChatRequest) -> Response:
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
-    recordings = await serving.media.load(_clip_refs(request.messages), request.long_audio)
-    check_windows_fit(recordings, serving.engine.info.max_model_len)
-    clips = all_clips(recordings)
-    turns = _spread([_turn(message) for message in request.messages], [len(item.clips) for item in recordings])
-    prompt = await asyncio.to_thread(serving.prompts.chat, turns, [clip.num_tokens for clip in clips])
-    prompt = replace(prompt, truncated_audio_s=sum(item.truncated_s for item in recordings))
+    prompt, recordings = await read_messages(serving, request.messages, request.long_audio)
     reply = ChatReply(model, serving.prompts.tokenizer, logprobs=request.num_logprobs is not None)
-    response = await serving.answer(request, prompt, clips, reply)
+    response = await serving.answer(request, prompt, all_clips(recordings), reply)
     response.headers.update(truncation_header(recordings))
     return response
+
+
+async def read_messages(
+    serving: Serving, messages: list[Message], long_audio: LongAudio | None
+) -> tuple[Prompt, list[Recording]]:
+    """What the model reads of a conversation, and the recordings in it. Raises ApiError."""
+    recordings = await serving.media.load(_clip_refs(messages), long_audio)
+    check_windows_fit(recordings, serving.engine.info.max_model_len)
+    turns = _spread([_turn(message) for message in messages], [len(item.clips) for item in recordings])
+    clip_tokens = [clip.num_tokens for clip in all_clips(recordings)]
+    prompt = await asyncio.to_thread(serving.prompts.chat, turns, clip_tokens)
+    return replace(prompt, truncated_audio_s=sum(item.truncated_s for item in recordings)), recordings
 
 
 def _clip_refs(messages: list[Message]) -> list[ClipRef]:
@@ -54,9 +62,11 @@ def _spread(turns: Iterable[Turn], num_clips: Sequence[int]) -> list[Turn]:
     return [
         turn
         if isinstance(turn.content, str)
-        else Turn(
-            turn.role,
-            tuple(copy for part in turn.content for copy in ([AUDIO] * next(counts) if part is AUDIO else [part])),
+        else replace(
+            turn,
+            content=tuple(
+                copy for part in turn.content for copy in ([AUDIO] * next(counts) if part is AUDIO else [part])
+            ),
         )
         for turn in turns
     ]

@@ -2,26 +2,25 @@
 
 A recording within the model's window (30 s) is one clip. A longer one is cut into consecutive clips, refused or
 truncated, as the request or the server's setting says; only truncation loses anything, and it is counted. Every
-failure is a 400 that names the part. Fetching, decoding and where to cut are the audio package's.
+failure is a 400 that names the part, or a 404 where it names no upload. Fetching, decoding and where to cut are the
+audio package's.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from audio import AudioError, AudioLoader, AudioSource, AudioUrl, InlineAudio, Pcm, segment
 from model.config import MAX_AUDIO_SAMPLES, MAX_AUDIO_SECONDS, SAMPLE_RATE, num_audio_tokens
+from server.audio_store import AudioStore
+from server.auth import EVERYBODY
 from server.errors import ApiError, bad_request
-from server.schema import AudioPart, AudioUrlPart, InputAudioPart
-
-LongAudio = Literal["split", "error", "truncate"]
-"""What becomes of a recording that is longer than the model's window."""
+from server.schema import AudioPart, AudioUrlPart, InputAudioPart, LongAudio
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +67,15 @@ class MediaLoader:
     loader: AudioLoader
     max_clips: int
     """Audio parts in one request."""
+    store: AudioStore
     long_audio: LongAudio = "split"
     """For requests that do not say."""
+    caller: str = EVERYBODY
+    """Whose uploads the ids in requests mean."""
+
+    def of(self, caller: str) -> MediaLoader:
+        """The same loader, for the uploads of `caller`."""
+        return replace(self, caller=caller)
 
     async def load(self, refs: Sequence[ClipRef], long_audio: LongAudio | None = None) -> list[Recording]:
         """Load all parts at once; the first failure cancels the rest. Raises ApiError."""
@@ -84,17 +90,37 @@ class MediaLoader:
                 task.cancel()
 
     async def _load(self, ref: ClipRef, long_audio: LongAudio) -> Recording:
-        try:
-            pcm = await self.loader.load(_source(ref.part))
-        except AudioError as error:
-            raise bad_request(error.message, ref.param, error.code) from None
-        if num_audio_tokens(pcm.num_samples) == 0:
-            raise too_short(pcm.num_samples, ref.param)
+        pcm = self._stored(ref) or await self.read(_source(ref.part), ref.param)
+        check_audible(pcm.num_samples, ref.param)
         if pcm.num_samples <= MAX_AUDIO_SAMPLES:
             return Recording(ref.param, (Clip.of(pcm),), pcm.duration_s)
         if long_audio == "error":
             raise _too_long(pcm.num_samples, ref.param)
         return await asyncio.to_thread(_fit, pcm, ref.param, long_audio)
+
+    def _stored(self, ref: ClipRef) -> Pcm | None:
+        """The upload that the part names, if it names one."""
+        if not isinstance(ref.part, InputAudioPart) or (audio_id := ref.part.input_audio.id) is None:
+            return None
+        audio = self.store.get(self.caller, audio_id)
+        if audio is None:
+            message = f"There is no audio with the id '{audio_id[:100]}': it is unknown, expired or not yours."
+            raise ApiError(404, message, param=f"{ref.param}.input_audio.id", code="audio_not_found")
+        return audio.pcm
+
+    async def read(self, source: AudioSource, param: str) -> Pcm:
+        """Fetch and decode a clip. Raises ApiError that names `param`."""
+        try:
+            return await self.loader.load(source)
+        except AudioError as error:
+            raise bad_request(error.message, param, error.code) from None
+
+
+def check_audible(num_samples: int, param: str) -> None:
+    """Raise ApiError for sound that gives the model nothing to hear."""
+    if num_audio_tokens(num_samples) == 0:
+        message = f"The audio is too short: {1000 * num_samples / SAMPLE_RATE:.0f} ms; the model needs over 20 ms."
+        raise bad_request(message, param, "audio_too_short")
 
 
 def _fit(pcm: Pcm, param: str, long_audio: LongAudio) -> Recording:
@@ -138,17 +164,11 @@ def truncation_header(recordings: Sequence[Recording]) -> dict[str, str]:
 def _source(part: AudioPart) -> AudioSource:
     match part:
         case InputAudioPart():
-            return InlineAudio(part.input_audio.data, part.input_audio.format)
+            return InlineAudio(part.input_audio.data or "", part.input_audio.format)
         case AudioUrlPart():
             return AudioUrl(part.audio_url.url)
         case _:
             return AudioUrl(part.audio_url or part.audio or "")
-
-
-def too_short(num_samples: int, param: str) -> ApiError:
-    """What is told about sound that gives the model nothing to hear."""
-    message = f"The audio is too short: {1000 * num_samples / SAMPLE_RATE:.0f} ms; the model needs over 20 ms."
-    return bad_request(message, param, "audio_too_short")
 
 
 def _too_long(num_samples: int, param: str) -> ApiError:

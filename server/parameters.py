@@ -81,6 +81,15 @@ REFUSED_IN_COMPLETIONS: Mapping[str, Refusal] = {
     "suffix": Refusal("the model does not fill in the middle", ("",)),
 }
 
+REFUSED_IN_TOKENIZE: Mapping[str, Refusal] = {
+    "add_generation_prompt": Refusal(_NOT_HERE, (True,)),
+    "chat_template": Refusal(_NO_OVERRIDE),
+    "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "continue_final_message": Refusal(_NOT_HERE, (False,)),
+    "mm_processor_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "tools": Refusal(_NO_TOOLS, ([],)),
+}
+
 REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {
     "audio": Refusal("earlier answers have no audio here"),
     "function_call": Refusal(_NO_TOOLS),
@@ -91,6 +100,7 @@ _NO_SPEAKERS = "the model does not tell speakers apart"
 
 REFUSED_IN_TRANSCRIPTIONS: Mapping[str, Refusal] = {
     "hotwords": Refusal("write them into 'prompt'"),
+    "include[]": Refusal("nothing more than the text can be included"),
     "keywords[]": Refusal("write them into 'prompt'"),
     "known_speaker_names[]": Refusal(_NO_SPEAKERS),
     "known_speaker_references[]": Refusal(_NO_SPEAKERS),

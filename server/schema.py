@@ -32,8 +32,11 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+LongAudio = Literal["split", "error", "truncate"]
+"""What becomes of a recording that is longer than the model's window."""
 
 
 class StrictModel(BaseModel):
@@ -43,12 +46,22 @@ class StrictModel(BaseModel):
 
 
 class InputAudio(StrictModel):
-    """Audio inside the request."""
+    """Audio inside the request, or uploaded before it."""
 
-    data: str
+    data: str | None = None
     """Base64, or a whole data: URL."""
+    id: str | None = None
+    """Of an upload (POST /v1/files), instead of data."""
     format: str | None = None
     """A hint only: the bytes are sniffed."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.data is None and self.id is None:
+            raise refused("data", "Missing required parameter: 'data', or 'id'.", "missing_required_parameter")
+        if self.data is not None and self.id is not None:
+            raise refused("id", "Audio comes either with 'data' or with the 'id' of an upload.", "invalid_value")
+        return self
 
 
 class AudioUrl(StrictModel):
@@ -79,6 +92,8 @@ class AudioUrlPart(StrictModel):
 
 class TemplateAudioPart(StrictModel):
     """Qwen2-Audio's own audio part, as its chat template and model card write it."""
+
+    model_config = ConfigDict(json_schema_extra={"required": ["type"]})
 
     type: Literal["audio"] = "audio"
     audio_url: str | None = None
@@ -183,7 +198,7 @@ class GenerationRequest(StrictModel):
         ]
         | None
     ) = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_ITEMS)] | None = None
@@ -198,7 +213,7 @@ class GenerationRequest(StrictModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_ITEMS)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    long_audio: Literal["split", "error", "truncate"] | None = None
+    long_audio: LongAudio | None = None
     """Tympan's own: what becomes of audio over 30 s. Omitted: as the server is set."""
 
     @model_validator(mode="after")

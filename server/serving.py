@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.responses import JSONResponse, Response
 
@@ -39,6 +39,10 @@ class Serving:
     defaults: GenerationConfig
     """Sampling defaults, end-of-sequence ids included."""
     keep_alive_s: float | None
+
+    def of(self, caller: str) -> Serving:
+        """The same, for one caller: ids of uploads in requests are this caller's."""
+        return replace(self, media=self.media.of(caller))
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer with. Raises ApiError when nobody is served under the name asked for."""

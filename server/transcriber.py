@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from server.channel import Channel
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import bad_request
 from server.generation import Delta, Generation, Usage
-from server.media import Clip, too_short
+from server.media import Clip, check_audible
 from server.sampling import GREEDY_BELOW, SMALLEST_TOP_P
 from server.serving import Serving
 from server.transcript_text import TranscriptText
@@ -82,7 +82,7 @@ class Transcriber:
     recipe: Recipe
     window_samples: int
 
-    def transcription(self, form: TranscriptionForm, file: BinaryIO) -> Transcription:
+    def transcription(self, form: TranscriptionForm, file: IO[bytes]) -> Transcription:
         """A transcription not yet begun. Raises ApiError for what the recipe has no place for."""
         self.recipe.check(form)
         return Transcription(self, form, file)
@@ -103,7 +103,7 @@ class Transcription:
 
     transcriber: Transcriber
     form: TranscriptionForm
-    file: BinaryIO
+    file: IO[bytes]
     usage: TranscriptUsage = field(default_factory=TranscriptUsage)
     text: TranscriptText = field(default_factory=TranscriptText)
     _running: set[Channel[Delta]] = field(default_factory=set)
@@ -150,10 +150,8 @@ class Transcription:
     async def _begin(self, pcm: Pcm, start: int) -> _Window:
         if np.abs(pcm.samples).max() <= SILENCE:
             return _Window(start, pcm.num_samples)
-        clip = Clip.of(pcm)
-        if clip.num_tokens == 0:
-            raise too_short(pcm.num_samples, "file")
-        generation = await asyncio.to_thread(self._generation, clip)
+        check_audible(pcm.num_samples, "file")
+        generation = await asyncio.to_thread(self._generation, Clip.of(pcm))
         deltas = Channel(generation.deltas())
         self._running.add(deltas)
         return _Window(start, pcm.num_samples, generation, deltas)

@@ -16,22 +16,22 @@ from starlette.types import Receive, Scope, Send
 from server.channel import Channel
 from server.errors import to_api_error
 from server.logs import log_failure
+from server.multipart import Form
 from server.streaming import DONE, KEEP_ALIVE, encode_event
 from server.transcriber import Segment, Transcriber, Transcription
-from server.transcription_form import Task, parse_transcription
+from server.transcription_form import TranscriptionForm, parse_transcription
 from server.transcripts import delta_event, done_event, whole
-from server.upload import Form
 
 logger = logging.getLogger(__name__)
 
 
-async def transcribe(transcriber: Transcriber, form: Form, task: Task) -> Response:
+async def transcribe(transcriber: Transcriber, form: Form, model: type[TranscriptionForm]) -> Response:
     """Answer whole or as a stream; owns `form`. Raises ApiError, RequestError, EngineDeadError."""
     is_handed_on = False
     try:
-        fields = parse_transcription(form.fields, task)
+        fields = parse_transcription(model, form.fields)
         transcriber.serving.model_name(fields.model)
-        transcription = transcriber.transcription(fields, form.file)
+        transcription = transcriber.transcription(fields, form.file.content)
         if not fields.stream:
             return await _collect(transcription)
         keep_alive_s = transcriber.serving.keep_alive_s

@@ -12,9 +12,11 @@ from server.parameters import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
     REFUSED_IN_MESSAGES,
+    REFUSED_IN_TOKENIZE,
     REFUSED_IN_TRANSCRIPTIONS,
 )
 from server.schema import ChatRequest, CompletionRequest
+from server.tokenization import DetokenizeRequest, TokenizeRequest
 from server.transcription_form import TranscriptionForm
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
@@ -24,6 +26,9 @@ NAMES = {
     *REFUSED_IN_CHAT,
     *REFUSED_IN_COMPLETIONS,
     *REFUSED_IN_MESSAGES,
+    *REFUSED_IN_TOKENIZE,
+    *TokenizeRequest.model_fields,
+    *DetokenizeRequest.model_fields,
     *IGNORED,
 }
 
@@ -46,6 +51,6 @@ def test_lists_of_refused_and_ignored_hold_nothing_else() -> None:
 
 def test_every_field_of_transcription_is_documented() -> None:
     section = DOCUMENT.split("## POST /v1/audio/transcriptions")[1].split("\n## ")[0]
-    fields = {*TranscriptionForm.model_fields, *REFUSED_IN_TRANSCRIPTIONS} - {"task"}
+    fields = {*TranscriptionForm.model_fields, *REFUSED_IN_TRANSCRIPTIONS}
     named = set(re.findall(r"`([\w\[\]]+)`", section))
     assert {name for name in fields if not named & {name, f"{name}[]"}} == set()

@@ -195,6 +195,8 @@ def test_unknown_model_route_and_method(served: Served) -> None:
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     check_envelope(response)
+    response = httpx.put(f"{served.url}/v1/files/file-1")
+    assert (response.status_code, response.headers["allow"]) == (405, "DELETE, GET")
 
 
 def test_content_type(served: Served) -> None:

@@ -124,3 +124,36 @@ def test_longer_than_is_decoded_is_refused_in_any_mode(servers: Servers) -> None
     for mode in ("split", "error", "truncate"):
         error = short.post({"messages": [user(LONG)], "long_audio": mode}).json()["error"]
         assert (error["param"], error["code"]) == ("messages[0].content[0]", "audio_too_long")
+
+
+def test_an_upload_is_split_like_any_other_recording(server: Served) -> None:
+    content = base64.b64decode(LONG["input_audio"]["data"])
+    file = server.openai.files.create(file=("long.wav", content), purpose="user_data")
+    uploaded = {"type": "input_audio", "input_audio": {"id": file.id}}
+    for part in (uploaded, LONG):
+        assert server.post({"messages": [user(part, text_part("Well?"))]}).status_code == 200
+    by_id, inline = server.engine.requests
+    assert [clip.content_hash for clip in by_id.clips] == [clip.content_hash for clip in inline.clips]
+    assert len(by_id.clips) == 3
+    assert by_id.prompt_token_ids == inline.prompt_token_ids
+    truncated = server.post({"messages": [user(uploaded)], "long_audio": "truncate"})
+    assert truncated.headers["x-audio-truncated"] == "messages[0].content[0]=65.00->30.00"
+    server.openai.files.delete(file.id)
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/v1/chat/completions", {"messages": [user(audio_part(0.5), LONG)]}),
+    (COMPLETIONS, {"prompt": "<|AUDIO|><|audio_bos|><|AUDIO|><|audio_eos|>Go:", "audio": [audio_part(0.5), LONG]}),
+])  # fmt: skip
+def test_windows_are_counted_before_anything_runs(server: Served, path: str, body: dict[str, Any]) -> None:
+    counted = server.post(body, "/tokenize").json()
+    assert not server.engine.requests
+    assert server.post(body, path).status_code == 200
+    (request,) = server.engine.requests
+    assert counted["tokens"] == list(request.prompt_token_ids)
+    assert counted["audio_tokens_per_clip"] == [clip.num_tokens for clip in request.clips]
+    assert len(request.clips) == 4
+    truncated = server.post({**body, "long_audio": "truncate"}, "/tokenize")
+    assert truncated.json()["audio_tokens_per_clip"] == [12, 750]
+    assert "=65.00->30.00" in truncated.headers["x-audio-truncated"]
+    assert server.post({**body, "long_audio": "error"}, "/tokenize").json()["error"]["code"] == "audio_too_long"

@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "timestamp_granularities[]",
     ),
     "granularity without verbose": ({"timestamp_granularities[]": "segment"}, "timestamp_granularities[]"),
-    "logprobs": ({"include[]": "logprobs"}, "include[]"),
+    "without brackets": ({"known_speaker_names": "Ada"}, "known_speaker_names[]"),
     "own chunking": ({"chunking_strategy": '{"type": "server_vad"}'}, "chunking_strategy"),
     "zero tokens": ({"max_completion_tokens": "0"}, "max_completion_tokens"),
     "seed": ({"seed": "1.5"}, "seed"),
@@ -316,8 +316,6 @@ def multipart(*parts: bytes, boundary: bytes = b"cut", end: bytes = b"--cut--\r\
 
 FILE = b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n' + ONE
 AS_TEXT = b'Content-Disposition: form-data; name="file"\r\n\r\nhello'
-ELSEWHERE = FILE.replace(b'name="file"', b'name="audio"')
-LARGE_FIELD = b'Content-Disposition: form-data; name="prompt"\r\n\r\n' + b"x" * 100_000
 FORM = "multipart/form-data; boundary=cut"
 
 
@@ -325,15 +323,8 @@ FORM = "multipart/form-data; boundary=cut"
     (FORM, multipart(FILE), 200, None),
     (FORM, multipart(), 400, "file"),
     (FORM, multipart(AS_TEXT), 400, "file"),
-    (FORM, multipart(ELSEWHERE), 400, "file"),
-    (FORM, multipart(FILE, FILE), 400, "file"),
-    (FORM, b"", 400, "file"),
-    (FORM, b"no multipart at all", 400, None),
-    (FORM, multipart(b"\r\nno name"), 400, None),
-    (FORM, multipart(LARGE_FIELD, FILE), 413, None),
-    ("multipart/form-data", multipart(FILE), 400, None),
+    (FORM, multipart(FILE, end=b""), 400, None),
     ("application/json", b"{}", 415, None),
-    ("application/x-www-form-urlencoded", b"file=x", 415, None),
 ])  # fmt: skip
 def test_bodies_as_they_come(server: Served, content_type: str, body: bytes, status: int, param: str | None) -> None:
     response = server.client.post(server.url + PATH, content=body, headers={"Content-Type": content_type})
