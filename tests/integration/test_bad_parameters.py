@@ -4,6 +4,7 @@ bodies of gigabytes: a 4xx that names the parameter, a small answer, and memory 
 
 from __future__ import annotations
 
+import io
 import json
 import select
 import socket
@@ -11,8 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+import soundfile
 
 from server.openapi import make_document
 from server.routes import router
@@ -25,6 +28,13 @@ VALID: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [1]},
 }
+VALID_FORMS = {
+    "/v1/files": {"purpose": "user_data"},
+    "/v1/audio/transcriptions": {"max_completion_tokens": "1"},
+    "/v1/audio/translations": {"max_completion_tokens": "1"},
+}
+WAV = io.BytesIO()
+soundfile.write(WAV, np.sin(np.arange(8_000) / 9) / 9, 16_000, format="WAV")
 SAMPLES: dict[str, Any] = {
     "boolean": True, "integer": 3, "number": 1.5, "string": "x" * 10_000, "array": [[]], "object": {"x": {}},
 }  # fmt: skip
@@ -90,6 +100,31 @@ def test_every_parameter_out_of_its_bounds(path: str, reference_server: ServerPr
                 num_tried += 1
         assert num_tried >= 3 * len(schema["properties"])
         assert client.post(path, json=VALID[path]).status_code == 200
+
+
+def bad_texts(schema: dict[str, Any]) -> Iterator[str]:
+    """The same for a field of a form, where every value is text."""
+    is_any_text = any(branch["type"] == "string" and not {"const", "enum"} & branch.keys()
+                      for branch in branches(schema))  # fmt: skip
+    for value in bad_values(schema):
+        if not isinstance(value, (list, dict)) and (isinstance(value, str) or not is_any_text):
+            yield str(value)
+
+
+@pytest.mark.parametrize("path", VALID_FORMS)
+def test_every_field_of_a_form_out_of_its_bounds(path: str, reference_server: ServerProcess) -> None:
+    schema = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    files = {"file": ("a.wav", WAV.getvalue())}
+    with reference_server.http as client:
+        assert client.post(path, data=VALID_FORMS[path], files=files).status_code == 200
+        num_tried = 0
+        for name in schema["properties"].keys() - {"file"}:
+            for value in bad_texts(schema["properties"][name]):
+                response = client.post(path, data={**VALID_FORMS[path], name: value}, files=files)
+                check(response, name, value[:60])
+                num_tried += 1
+        assert num_tried >= 2 * len(schema["properties"])
+        assert client.post(path, data=VALID_FORMS[path], files=files).status_code == 200
 
 
 @pytest.mark.parametrize(("fields", "param"), [
