@@ -1,4 +1,4 @@
-"""Bytes of any supported file to `Pcm`: the only place where hostile bytes meet native codecs.
+"""Any supported file to 16 kHz mono, block by block or whole: the only place where hostile bytes meet native codecs.
 
 Every limit is enforced on the decoded block in hand, before the next one is asked for, because a
 header may lie and a megabyte of FLAC can hold ten hours. Channels are mixed by their mean, here and
@@ -7,6 +7,9 @@ per block. Blocking and thread-safe: each call owns its decoder. Does not know w
 
 import io
 import math
+import os
+from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 import soundfile
@@ -17,7 +20,7 @@ from audio.ffmpeg import CODEC_ERRORS, read_blocks
 from audio.limits import AudioLimits
 from audio.pcm import Pcm
 from audio.resample import StreamResampler
-from audio.sniff import SUPPORTED_FORMATS, sniff
+from audio.sniff import NUM_SNIFFED_BYTES, SUPPORTED_FORMATS, Container, sniff
 
 _BLOCK_FRAMES = 65_536  # 2 MiB of float32 at eight channels
 _UNKNOWN_FRAMES = 2**62  # libsndfile's marker for "not in the header" is near 2^63
@@ -32,24 +35,61 @@ def decode(data: bytes, limits: AudioLimits) -> Pcm:
     Raises AudioDecodeError (`audio_empty`, `unsupported_audio`, `invalid_audio`) or AudioLimitError
     (`audio_too_large`, `audio_too_long`, `unsupported_audio`), and nothing else for any input.
     """
-    if not data:
+    file = io.BytesIO(data)
+    container = _check(file, limits)
+    if container.is_soundfile_first:
+        try:
+            return _whole(_read_with_soundfile(file, limits))
+        except AudioDecodeError:
+            file.seek(0)  # FFmpeg reads more codecs in these containers, and files without a length
+    return _whole(_read_with_ffmpeg(file, container.demuxers, limits))
+
+
+def decode_blocks(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
+    """Decode a seekable file to blocks of 16 kHz mono, float32 [S], holding one at a time. Raises as `decode`.
+
+    Put end to end they are what `decode` gives, but for a file that libsndfile gives up midway: FFmpeg gets its
+    turn only while nothing has been yielded.
+    """
+    container = _check(file, limits)
+    if container.is_soundfile_first:
+        has_begun = False
+        try:
+            for block in _read_with_soundfile(file, limits):
+                has_begun = True
+                yield block
+            return
+        except AudioDecodeError:
+            if has_begun:
+                raise
+            file.seek(0)
+    yield from _read_with_ffmpeg(file, container.demuxers, limits)
+
+
+def _check(file: IO[bytes], limits: AudioLimits) -> Container:
+    """What the first bytes say the file is. Leaves it at its start."""
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if not num_bytes:
         raise AudioDecodeError("audio_empty", "The audio is empty.")
-    limits.check_clip_bytes(len(data))
-    container = sniff(data)
+    limits.check_clip_bytes(num_bytes)
+    container = sniff(file.read(NUM_SNIFFED_BYTES))
+    file.seek(0)
     if container is None:
         raise AudioDecodeError(
             "unsupported_audio", f"The audio is in no supported format. Supported: {SUPPORTED_FORMATS}."
         )
-    if container.is_soundfile_first:
-        try:
-            return _decode_with_soundfile(data, limits)
-        except AudioDecodeError:
-            pass  # FFmpeg reads more codecs in these containers, and files without a length
-    return _decode_with_ffmpeg(data, container.demuxers, limits)
+    return container
+
+
+def _whole(blocks: Iterator[NDArray[np.float32]]) -> Pcm:
+    samples = np.concatenate(list(blocks))
+    samples.setflags(write=False)
+    return Pcm(samples)
 
 
 class _MonoSink:
-    """Checks each decoded block against the limits, mixes it and hands it to the resampler."""
+    """Checks each decoded block against the limits, mixes it and resamples it."""
 
     def __init__(self, sample_rate: int, num_channels: int, limits: AudioLimits) -> None:
         if not limits.min_sample_rate <= sample_rate <= limits.max_sample_rate:
@@ -75,8 +115,8 @@ class _MonoSink:
         if num_frames > self._max_frames + _HEADER_SLACK_S * self._sample_rate:
             raise self._too_long()
 
-    def write(self, block: NDArray[np.float32]) -> None:
-        """Take float32 [num_frames, num_channels]; the array may be reused by the caller."""
+    def write(self, block: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """Take float32 [num_frames, num_channels], yield what it gives; the array may be reused by the caller."""
         num_frames, num_channels = block.shape
         if num_channels != self._num_channels:
             raise AudioDecodeError("invalid_audio", "The audio changes its number of channels midway.")
@@ -90,61 +130,70 @@ class _MonoSink:
         mono = block[:, 0].copy() if num_channels == 1 else block @ self._weights
         if not np.abs(mono).max() <= _MAX_AMPLITUDE:  # false for NaN too
             raise AudioDecodeError("invalid_audio", "The audio holds samples that are not finite.")
-        self._resampler.push(mono)
+        resampled = self._resampler.push(mono)
+        if len(resampled):
+            yield resampled
 
-    def finish(self) -> Pcm:
+    def finish(self) -> Iterator[NDArray[np.float32]]:
         if not self._num_frames:
             raise AudioDecodeError("audio_empty", "The audio holds no samples.")
-        return Pcm(self._resampler.finish())
+        rest = self._resampler.finish()
+        if len(rest):
+            yield rest
 
     def _too_long(self) -> AudioLimitError:
         max_seconds = self._max_frames / self._sample_rate
         return AudioLimitError("audio_too_long", f"The audio is longer than the limit of {max_seconds:g} seconds.")
 
 
-class _ForgivingBytes(io.BytesIO):
+class _ForgivingFile:
     """Stays put on an impossible seek: an exception cannot cross libsndfile, and would go to stderr."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.read = file.read
+        self.tell = file.tell
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         try:
-            return super().seek(offset, whence)
-        except (ValueError, OverflowError):
-            return self.tell()
+            return self._file.seek(offset, whence)
+        except (ValueError, OverflowError, OSError):
+            return self._file.tell()
 
 
-def _decode_with_soundfile(data: bytes, limits: AudioLimits) -> Pcm:
+def _read_with_soundfile(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
     try:
-        with soundfile.SoundFile(_ForgivingBytes(data)) as file:
-            sink = _MonoSink(file.samplerate, file.channels, limits)
-            if file.frames < _UNKNOWN_FRAMES:
-                sink.announce(file.frames)
-            buffer = np.empty((_BLOCK_FRAMES, file.channels), np.float32)
-            while len(block := file.read(out=buffer)):
-                sink.write(block)
-            return sink.finish()
+        with soundfile.SoundFile(_ForgivingFile(file)) as sound:
+            sink = _MonoSink(sound.samplerate, sound.channels, limits)
+            if sound.frames < _UNKNOWN_FRAMES:
+                sink.announce(sound.frames)
+            buffer = np.empty((_BLOCK_FRAMES, sound.channels), np.float32)
+            while len(block := sound.read(out=buffer)):
+                yield from sink.write(block)
+            yield from sink.finish()
     except AudioError:
         raise
     except (soundfile.SoundFileError, *CODEC_ERRORS):
         raise _undecodable() from None  # its text holds the buffer's memory address
 
 
-def _decode_with_ffmpeg(data: bytes, demuxers: str, limits: AudioLimits) -> Pcm:
+def _read_with_ffmpeg(file: IO[bytes], demuxers: str, limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
     sink: _MonoSink | None = None
     rate = 0
     try:
-        for sample_rate, block in read_blocks(data, demuxers):
+        for sample_rate, block in read_blocks(file, demuxers):
             if sink is None:
                 sink, rate = _MonoSink(sample_rate, block.shape[1], limits), sample_rate
             if sample_rate != rate:
                 raise AudioDecodeError("invalid_audio", "The audio changes its sample rate midway.")
-            sink.write(block)
+            yield from sink.write(block)
     except AudioError:
         raise
     except CODEC_ERRORS:
         raise _undecodable() from None
     if sink is None:
         raise AudioDecodeError("audio_empty", "The audio holds no samples.")
-    return sink.finish()
+    yield from sink.finish()
 
 
 def _undecodable() -> AudioDecodeError:

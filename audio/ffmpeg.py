@@ -1,4 +1,4 @@
-"""FFmpeg (through PyAV) on a leash: blocks of float32 out of one in-memory file, and nothing more.
+"""FFmpeg (through PyAV) on a leash: blocks of float32 out of one open file, and nothing more.
 
 It may open no other file or address, use only the demuxers the caller names and the audio decoders
 listed here, and may not allocate without bound. Native layout comes out: FFmpeg's own stereo to mono is
@@ -6,10 +6,9 @@ listed here, and may not allocate without bound. Native layout comes out: FFmpeg
 """
 
 import ctypes
-import io
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import av
 import av._core
@@ -57,13 +56,13 @@ _OPTIONS = {
 _FULL_SCALE = {"u1": 128.0, "i2": 32768.0, "i4": 2147483648.0}
 
 
-def read_blocks(data: bytes, demuxers: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def read_blocks(file: IO[bytes], demuxers: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield (sample rate in Hz, float32 [num_frames, num_channels]) for the first audio stream.
 
     Raises AudioDecodeError for a file without usable audio, else one of CODEC_ERRORS.
     """
     options = _OPTIONS | {"format_whitelist": demuxers}
-    with av.open(io.BytesIO(data), mode="r", options=options, metadata_errors="ignore") as container:
+    with av.open(file, mode="r", options=options, metadata_errors="ignore") as container:
         stream = _first_audio_stream(container)
         for other in container.streams:
             if other.index != stream.index:

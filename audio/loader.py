@@ -6,14 +6,17 @@ that is cancelled while waiting costs nothing. How long a clip may be for the mo
 """
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
-from audio.decode import decode
+from audio.decode import decode, decode_blocks
 from audio.errors import AudioFetchError
 from audio.fetch import MediaFetcher
 from audio.limits import AudioLimits
 from audio.pcm import Pcm
+from audio.segment import segment
 from audio.source import AudioBytes, AudioSource, InlineAudio, decode_data_url, decode_inline, is_data_url
 
 
@@ -35,6 +38,35 @@ class AudioLoader:
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._executor, lambda: decode(read(), self._limits))
+
+    async def stream(self, file: IO[bytes], limits: AudioLimits, max_samples: int) -> AsyncGenerator[Pcm, None]:
+        """The windows of a seekable file, cut by `audio.segment`, each decoded when it is asked for.
+
+        `limits` are this file's, instead of the loader's own. The file is in use until the generator is closed.
+        Raises AudioError.
+        """
+        windows = segment(decode_blocks(file, limits), max_samples)
+        in_use = threading.Lock()  # a step whose reader was cancelled may still be running
+
+        def step() -> Pcm | None:
+            with in_use:
+                samples = next(windows, None)
+            return None if samples is None else Pcm(samples)
+
+        def close() -> None:
+            with in_use:
+                windows.close()
+
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                async with self._slots:
+                    window = await loop.run_in_executor(self._executor, step)
+                if window is None:
+                    return
+                yield window
+        finally:
+            await loop.run_in_executor(None, close)
 
     async def aclose(self) -> None:
         """Drop what waits, let running decodes end, close the connections."""

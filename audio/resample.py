@@ -13,34 +13,30 @@ from audio.pcm import SAMPLE_RATE
 
 
 class StreamResampler:
-    """Collects 16 kHz samples from mono blocks at `source_rate` Hz. Not reusable after `finish`."""
+    """16 kHz samples from mono blocks at `source_rate` Hz, as they come. Not reusable after `finish`."""
 
     def __init__(self, source_rate: int) -> None:
         self._source_rate = source_rate
         self._num_source_samples = 0
-        self._blocks: list[NDArray[np.float32]] = []
+        self._num_samples = 0
         self._soxr = (
             None
             if source_rate == SAMPLE_RATE
             else soxr.ResampleStream(source_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
         )
 
-    def push(self, mono: NDArray[np.float32]) -> None:
-        """Take the next block, float32 [num_samples]. The array is not written to, but may be kept."""
+    def push(self, mono: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Take the next block, float32 [num_samples]. -> what is certain by now, perhaps nothing."""
         self._num_source_samples += len(mono)
-        self._blocks.append(mono if self._soxr is None else self._soxr.resample_chunk(mono))
+        samples = mono if self._soxr is None else self._soxr.resample_chunk(mono)
+        self._num_samples += len(samples)
+        return samples
 
     def finish(self) -> NDArray[np.float32]:
-        """All of it, read-only: exactly ceil(num_source_samples * 16000 / source_rate) samples."""
-        if self._soxr is not None:
-            self._blocks.append(self._soxr.resample_chunk(np.zeros(0, np.float32), last=True))
+        """The rest. Of all together there are exactly ceil(num_source_samples * 16000 / source_rate)."""
         length = -(-self._num_source_samples * SAMPLE_RATE // self._source_rate)
-        samples = np.zeros(length, np.float32)  # soxr alone is sometimes one sample short of librosa
-        start = 0
-        for block in self._blocks:
-            kept = block[: length - start]
-            samples[start : start + len(kept)] = kept
-            start += len(kept)
-        self._blocks.clear()
-        samples.setflags(write=False)
-        return samples
+        rest = np.zeros(length - self._num_samples, np.float32)  # soxr alone is sometimes one short of librosa
+        if self._soxr is not None:
+            flushed = self._soxr.resample_chunk(np.zeros(0, np.float32), last=True)[: len(rest)]
+            rest[: len(flushed)] = flushed
+        return rest

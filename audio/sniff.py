@@ -15,6 +15,7 @@ SUPPORTED_FORMATS = (
 _ASF_GUID = bytes.fromhex("3026b2758e66cf11")
 _EBML_MAGIC = b"\x1a\x45\xdf\xa3"
 _OGG_CODEC_WINDOW = 64  # bytes; the first page's header is 28 and the codec's name follows
+NUM_SNIFFED_BYTES = _OGG_CODEC_WINDOW
 
 
 @dataclass(frozen=True, slots=True)

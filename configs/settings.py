@@ -96,7 +96,7 @@ class Settings(BaseModel):
     api_key: Names = _setting(
         "server",
         (),
-        "key that requests under /v1 must send as a bearer token (repeatable); default: open to all",
+        "key that requests must send as a bearer token (repeatable), /health and /ready aside; default: open to all",
         metavar="KEY",
     )
     max_body_mb: float = _setting("server", 64, "largest request body, in MiB", gt=0)
@@ -109,7 +109,39 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = _setting("server", "info", "least severe log lines")
 
     max_audio_clip_mb: float = _setting("audio", 25, "largest encoded clip, in MiB", gt=0)
-    max_audio_seconds: float = _setting("audio", 600, "longest clip that is decoded, in seconds", gt=0)
+    max_audio_seconds: float = _setting(
+        "audio", 600, "longest uploaded clip or audio part of a chat or completion that is decoded, in seconds", gt=0
+    )
+    long_audio: Literal["split", "error", "truncate"] = _setting(
+        "audio",
+        "split",
+        "audio over 30 s in chats and completions that do not say themselves: split into consecutive clips of one "
+        "prompt, refuse, or truncate and tell",
+    )
+    max_upload_mb: float = _setting(
+        "audio", 512, "largest upload for transcription, in MiB; beyond 1 MiB it is on disk, in TMPDIR", gt=0
+    )
+    max_transcription_seconds: float = _setting(
+        "audio", 43_200, "longest recording that is transcribed, in seconds", gt=0
+    )
+    transcription_window_seconds: float = _setting(
+        "audio",
+        30,
+        "longest piece of a recording that is transcribed at once, in seconds; checkpoints trained on short clips "
+        "do better with less than the 30 that the model can hear",
+        ge=2,
+        le=30,
+    )
+    transcription_recipe: Literal["auto", "chat", "base"] = _setting(
+        "audio",
+        "auto",
+        "how transcriptions are prompted: as a chat turn, or with the base checkpoint's raw prompts; auto: chat if "
+        "<|im_end|> ends the checkpoint's answers",
+    )
+    max_stored_audio_mb: float = _setting(
+        "audio", 256, "memory for uploaded clips, in MiB; every API key has an equal share of it", ge=0
+    )
+    stored_audio_ttl: float = _setting("audio", 3600, "seconds that an uploaded clip is kept", gt=0)
     limit_mm_per_prompt: Annotated[dict[Literal["audio"], NonNegativeInt], BeforeValidator(_parse_limits)] = (
         _setting("audio", {"audio": 16}, "most clips in one request, as audio=N", metavar="audio=N")
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -17,24 +18,30 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from audio import AudioLimits, AudioLoader, FetchPolicy, MediaFetcher
+from configs.recipes import transcription_recipe
 from configs.settings import Settings
 from engine.client import EngineClient
-from model.config import GenerationConfig, Qwen2AudioConfig
+from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
+from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
 from server.errors import to_api_error
 from server.media import MediaLoader
 from server.middleware import RequestScope, Traffic
+from server.openapi import make_document
 from server.prompt import PromptBuilder
-from server.routes import router
+from server.routes import allowed_methods, router
 from server.serving import Serving
 from server.structured import GrammarCompiler
 from server.tokenizer import Tokenizer
+from server.transcriber import Transcriber
+from server.transcription_prompt import Recipe
 
 MIB = 1 << 20
 
-_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+_CHAT_END = "<|im_end|>"
+_END_TOKENS = (_CHAT_END, "<|endoftext|>")
 """What ends an answer when generation_config.json does not say."""
 
 
@@ -54,9 +61,12 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.serving = serving
+    app.state.transcriber = _transcriber(settings, serving, loader)
     app.state.traffic = Traffic()
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
+    app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
+    app.state.openapi = make_document(router.routes, has_keys=bool(settings.api_key))
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_middleware(RequestScope, keys=ApiKeys(settings.api_key), traffic=app.state.traffic)
@@ -77,7 +87,12 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader:
             audio_token_id=audio_token_id,
             max_model_len=engine.info.max_model_len,
         ),
-        media=MediaLoader(loader, max_clips=settings.max_audio_clips),
+        media=MediaLoader(
+            loader,
+            max_clips=settings.max_audio_clips,
+            store=_audio_store(settings),
+            long_audio=settings.long_audio,
+        ),
         grammars=GrammarCompiler(checkpoint, engine.info.vocab_size),
         defaults=_generation_defaults(settings, checkpoint, tokenizer),
         keep_alive_s=settings.sse_keep_alive_interval or None,
@@ -98,6 +113,22 @@ def _generation_defaults(settings: Settings, checkpoint: Path, tokenizer: Tokeni
     )
 
 
+def _transcriber(settings: Settings, serving: Serving, loader: AudioLoader) -> Transcriber:
+    is_chat = serving.prompts.tokenizer.special.get(_CHAT_END) in serving.defaults.eos_token_ids
+    kind = settings.transcription_recipe
+    if kind == "auto":
+        kind = "chat" if is_chat else "base"
+    of_clips = AudioLimits()
+    scale = settings.max_transcription_seconds / of_clips.max_clip_seconds
+    limits = AudioLimits(
+        max_clip_bytes=int(settings.max_upload_mb * MIB),
+        max_clip_seconds=settings.max_transcription_seconds,
+        max_decoded_bytes=int(of_clips.max_decoded_bytes * scale),
+    )
+    window_samples = int(settings.transcription_window_seconds * SAMPLE_RATE)
+    return Transcriber(serving, loader, limits, Recipe(**transcription_recipe(kind)), window_samples)
+
+
 def _audio_loader(settings: Settings) -> AudioLoader:
     limits = AudioLimits(
         max_clip_bytes=int(settings.max_audio_clip_mb * MIB),
@@ -110,5 +141,14 @@ def _audio_loader(settings: Settings) -> AudioLoader:
     return AudioLoader(limits, MediaFetcher(policy, limits))
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
-    return to_api_error(error).response()
+def _audio_store(settings: Settings) -> AudioStore:
+    """Every key has an equal share."""
+    max_bytes = int(settings.max_stored_audio_mb * MIB)
+    return AudioStore(max_bytes, settings.stored_audio_ttl, num_scopes=len(set(settings.api_key)))
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    told = to_api_error(error)
+    if told.status == 405:
+        told = replace(told, headers={"Allow": ", ".join(allowed_methods(request.scope))})
+    return told.response()

@@ -54,7 +54,15 @@ async def parse_body(request: Request, model: type[ModelT], max_bytes: int) -> M
     try:
         return await asyncio.to_thread(_validate, model, body)
     except ValidationError as error:
-        raise _to_api_error(error) from None
+        raise explain_invalid(error) from None
+
+
+def parse_text_values(model: type[ModelT], values: Mapping[str, str]) -> ModelT:
+    """Validate what can only be text: the fields of a form, or a query. Raises ApiError (400)."""
+    try:
+        return model.model_validate_strings(values)
+    except ValidationError as error:
+        raise explain_invalid(error) from None
 
 
 def _validate(model: type[ModelT], body: bytes) -> ModelT:
@@ -65,23 +73,29 @@ def _validate(model: type[ModelT], body: bytes) -> ModelT:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > max_bytes:
-        raise _too_large(max_bytes)
+    check_declared_size(request, max_bytes)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            raise _too_large(max_bytes)
+            raise too_large(max_bytes)
     return bytes(body)
 
 
-def _too_large(max_bytes: int) -> ApiError:
-    message = f"The request body is too large: at most {max_bytes} bytes are accepted."
+def check_declared_size(request: Request, max_bytes: int) -> None:
+    """Raise ApiError (413) when the request says itself that it is too large: not a byte of it need be read."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise too_large(max_bytes)
+
+
+def too_large(max_bytes: int, what: str = "The request body is") -> ApiError:
+    """A 413 that also ends the connection: what else comes is not read."""
+    message = f"{what} too large: at most {max_bytes} bytes are accepted."
     return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
 
 
-def _to_api_error(error: ValidationError) -> ApiError:
+def explain_invalid(error: ValidationError) -> ApiError:
     """The first problem found, as OpenAI words it."""
     details = error.errors(include_url=False)[0]
     kind, ctx = details["type"], details.get("ctx", {})
@@ -119,9 +133,9 @@ def _path(loc: Sequence[int | str]) -> str:
 
 def _out_of_range(param: str, details: ErrorDetails) -> ApiError:
     value = details["input"]
-    number = "integer" if isinstance(value, int) else "decimal"
     code, words, sign, key = _BOUNDS[details["type"]]
     bound = details["ctx"][key]
+    number = "integer" if isinstance(bound if isinstance(value, str) else value, int) else "decimal"
     limit = f"{bound:g}" if isinstance(bound, float) else str(bound)
     expected = f"Expected a value {sign} {limit}, but got {str(value)[:MAX_SHOWN_CHARS]} instead."
     return bad_request(f"Invalid '{param}': {number} {words} value. {expected}", param, f"{number}_{code}")

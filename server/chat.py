@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from starlette.responses import Response
 
 from server.chat_template import AUDIO, PromptEnd, Turn
-from server.media import Clip, ClipRef
+from server.content_parts import AudioPart
+from server.media import ClipRef, Recording, all_clips, check_windows_fit, truncated_seconds, truncation_header
 from server.prompt import Prompt
 from server.replies import ChatReply
-from server.schema import AnyMessage, AudioPart, ChatRequest, Message
+from server.schema import AnyMessage, ChatRequest, LongAudio, Message
 from server.serving import Serving
 from server.text_content import TextPart, texts_of
 from server.tool_messages import CallingMessage, ToolMessage
@@ -21,7 +23,9 @@ from server.tool_plan import Function
 async def complete_chat(serving: Serving, request: ChatRequest) -> Response:
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
-    clips, prompt = await read_chat(serving, request)
+    prompt, recordings = await read_messages(
+        serving, request.messages, request.long_audio, request.tool_plan.functions, _end(request)
+    )
     reply = ChatReply(
         model,
         serving.prompts.tokenizer,
@@ -30,17 +34,26 @@ async def complete_chat(serving: Serving, request: ChatRequest) -> Response:
         echoes=(_echo(_turn(request.messages[-1])) if request.echo else "",),
         prompt_ids=(prompt.token_ids,) if request.return_token_ids else None,
     )
-    return await serving.answer(request, prompt, clips, reply, request.tool_plan)
+    response = await serving.answer(request, prompt, all_clips(recordings), reply, request.tool_plan)
+    response.headers.update(truncation_header(recordings))
+    return response
 
 
-async def read_chat(serving: Serving, request: ChatRequest) -> tuple[list[Clip], Prompt]:
-    """The clips and the prompt of a request. Raises ApiError."""
+async def read_messages(
+    serving: Serving,
+    messages: Sequence[AnyMessage],
+    long_audio: LongAudio | None,
+    functions: Sequence[Function] = (),
+    end: PromptEnd = PromptEnd.ANSWER,
+) -> tuple[Prompt, list[Recording]]:
+    """What the model reads of a conversation, and the recordings in it. Raises ApiError."""
     return await read_conversation(
         serving,
-        _clip_refs(request.messages),
-        lambda: [_turn(message) for message in request.messages],
-        request.tool_plan.functions,
-        end=_end(request),
+        _clip_refs(messages),
+        lambda: [_turn(message) for message in messages],
+        functions,
+        long_audio=long_audio,
+        end=end,
         param="messages",
     )
 
@@ -57,19 +70,24 @@ async def read_conversation(
     turns: Callable[[], Sequence[Turn]],
     functions: Sequence[Function],
     *,
+    long_audio: LongAudio | None,
     end: PromptEnd = PromptEnd.ANSWER,
     param: str,
-) -> tuple[list[Clip], Prompt]:
-    """The clips and the prompt of a conversation. Raises ApiError.
+) -> tuple[Prompt, list[Recording]]:
+    """What the model reads of a conversation, and the recordings in it. Raises ApiError.
 
     `turns` runs in a thread: it may take a while. `param` names the conversation in what is raised.
     """
-    clips = await serving.media.load(refs)
-    num_tokens = [clip.num_tokens for clip in clips]
-    prompt = await asyncio.to_thread(
-        lambda: serving.prompts.chat(turns(), num_tokens, functions, end=end, param=param)
-    )
-    return clips, prompt
+    recordings = await serving.media.load(refs, long_audio)
+    check_windows_fit(recordings, serving.engine.info.max_model_len)
+    num_clips = [len(recording.clips) for recording in recordings]
+    clip_tokens = [clip.num_tokens for clip in all_clips(recordings)]
+
+    def build() -> Prompt:
+        return serving.prompts.chat(_spread(turns(), num_clips), clip_tokens, functions, end=end, param=param)
+
+    prompt = await asyncio.to_thread(build)
+    return replace(prompt, truncated_audio_s=truncated_seconds(recordings)), recordings
 
 
 def _clip_refs(messages: Sequence[AnyMessage]) -> list[ClipRef]:
@@ -98,3 +116,19 @@ def _turn(message: AnyMessage) -> Turn:
 def _echo(turn: Turn) -> str:
     """What an answer continues: the text of a turn of the assistant's."""
     return "".join(part or "" for part in turn.content) if turn.role == "assistant" else ""
+
+
+def _spread(turns: Iterable[Turn], num_clips: Sequence[int]) -> list[Turn]:
+    """Give each recording a place for every clip that it was split into: consecutive audios of its turn."""
+    counts = iter(num_clips)
+    return [
+        turn
+        if isinstance(turn.content, str)
+        else replace(
+            turn,
+            content=tuple(
+                copy for part in turn.content for copy in ([AUDIO] * next(counts) if part is AUDIO else [part])
+            ),
+        )
+        for turn in turns
+    ]

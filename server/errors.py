@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse
 from engine.errors import EngineDeadError, RequestError
 
 INVALID_REQUEST = "invalid_request_error"
+RATE_LIMIT = "rate_limit_error"
 SERVER_ERROR = "server_error"
 UNAVAILABLE = "service_unavailable_error"
 

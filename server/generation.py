@@ -32,14 +32,19 @@ class Usage:
     cached_tokens: int = 0
     completion_tokens: int = 0
     """With the end-of-sequence token."""
+    truncated_audio_s: float = 0.0
+    """Seconds of audio that the request asked to be left out."""
 
     def to_json(self) -> dict[str, Any]:
-        """As OpenAI writes it."""
+        """As OpenAI writes it, and what was truncated, if anything was."""
+        details: dict[str, Any] = {"audio_tokens": self.audio_tokens, "cached_tokens": self.cached_tokens}
+        if self.truncated_audio_s:
+            details["truncated_audio_seconds"] = round(self.truncated_audio_s, 3)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"audio_tokens": self.audio_tokens, "cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": details,
         }
 
 

@@ -19,9 +19,8 @@ from server.auth import ApiKeys
 from server.errors import UNAVAILABLE, ApiError, to_api_error
 from server.logs import log_failure
 
-GUARDED_PREFIX = "/v1/"
 PROBES = ("/health", "/ready")
-"""Asked every few seconds: not worth a log line."""
+"""Open to all, and asked every few seconds: not worth a log line. Everything else needs the key."""
 CLIENT_GONE = 499
 """nginx's status for a client that left; only ever logged."""
 
@@ -62,8 +61,8 @@ class RequestScope:
         exchange = _Exchange(send, headers.get("x-request-id", ""))
         self._traffic.num_in_flight += 1
         try:
-            if scope["path"].startswith(GUARDED_PREFIX):
-                self._keys.check(headers.get("authorization"))
+            if scope["path"] not in PROBES:
+                scope.setdefault("state", {})["caller"] = self._keys.check(headers.get("authorization"))
                 self._traffic.check_welcome()
             await self._app(scope, receive, exchange.send)
         except ClientDisconnect:

@@ -92,11 +92,37 @@ REFUSED_IN_RESPONSES: Mapping[str, Refusal] = {
     "truncation": Refusal("nothing is ever truncated", ("disabled",)),
 }
 
+REFUSED_IN_TOKENIZE: Mapping[str, Refusal] = {
+    "add_generation_prompt": Refusal(_NOT_HERE, (True,)),
+    "chat_template": Refusal(_NO_OVERRIDE),
+    "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "continue_final_message": Refusal(_NOT_HERE, (False,)),
+    "mm_processor_kwargs": Refusal(_NO_OVERRIDE, ({},)),
+    "tools": Refusal(_NOT_HERE, ([],)),
+}
+
 REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {
     "audio": Refusal("earlier answers have no audio here"),
     "function_call": Refusal(_OLD_TOOLS),
     "tool_calls": Refusal("only assistant messages have them", ([],)),
 }
+
+_NO_SPEAKERS = "the model does not tell speakers apart"
+
+REFUSED_IN_TRANSCRIPTIONS: Mapping[str, Refusal] = {
+    "hotwords": Refusal("write them into 'prompt'"),
+    "include[]": Refusal("nothing more than the text can be included"),
+    "keywords[]": Refusal("write them into 'prompt'"),
+    "known_speaker_names[]": Refusal(_NO_SPEAKERS),
+    "known_speaker_references[]": Refusal(_NO_SPEAKERS),
+    "languages[]": Refusal("name one in 'language'"),
+    "length_penalty": Refusal("beam search is not supported", ("1", "1.0")),
+    "n": Refusal(_NOT_HERE, ("1",)),
+    "to_language": Refusal("translations are into English"),
+    "use_beam_search": Refusal("beam search is not supported", ("false", "False")),
+    "vllm_xargs": Refusal(_NOT_HERE, ("{}",)),
+}
+"""Form fields, whose values are text."""
 
 IGNORED: frozenset[str] = frozenset(
     {

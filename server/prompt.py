@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import islice
 
 from jinja2 import TemplateError
 
@@ -22,6 +22,9 @@ from server.errors import ApiError, bad_request
 from server.tokenizer import Tokenizer
 from server.tool_plan import Function
 from server.tool_prompt import fold_tools
+
+AUDIO_BOS, AUDIO_EOS = "<|audio_bos|>", "<|audio_eos|>"
+"""What Qwen2-Audio's prompts write round a placeholder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class Prompt:
     clip_offsets: tuple[int, ...]
     """Where each clip's first placeholder stands."""
     num_audio_tokens: int
+    truncated_audio_s: float = 0.0
+    """Seconds that were asked to be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +74,33 @@ class PromptBuilder:
             raise bad_request(f"The chat template refuses these messages: {str(error)[:200]}", param) from None
         return self._expand(self._encode(spans), clip_tokens, param)
 
-    def raw(self, prompt: str | Sequence[int], clip_tokens: Sequence[int]) -> Prompt:
-        """Take a prompt as it is, control tokens included.
+    def raw(self, prompt: str | Sequence[int], recordings: Sequence[Sequence[int]]) -> Prompt:
+        """Take a prompt as it is, control tokens included. Each recording is the token counts of its clips.
 
-        Raises ApiError: too long, ids out of the vocabulary, or not one placeholder for each clip.
+        Raises ApiError: too long, ids out of the vocabulary, or not one placeholder for each recording.
         """
-        return self.raw_all([prompt], clip_tokens)[0]
+        return self.raw_all([prompt], recordings)[0]
 
-    def raw_all(self, prompts: Sequence[str | Sequence[int]], clip_tokens: Sequence[int]) -> list[Prompt]:
-        """The same for several prompts: each takes as many of the clips as it has placeholders, in order."""
+    def raw_all(self, prompts: Sequence[str | Sequence[int]], recordings: Sequence[Sequence[int]]) -> list[Prompt]:
+        """The same for several prompts: each takes as many recordings as it has placeholders, in order."""
         encoded = []
         for prompt in prompts:
             self._check_size(len(prompt), "prompt")
             encoded.append(self._encode([Span(prompt, trusted=True)]) if isinstance(prompt, str) else list(prompt))
         counts = [ids.count(self.audio_token_id) for ids in encoded]
-        if (found := sum(counts)) != len(clip_tokens):
-            message = f"The prompt has {found} audio placeholders, but 'audio' has {len(clip_tokens)} clips."
+        if (found := sum(counts)) != len(recordings):
+            message = f"The prompt has {found} audio placeholders, but 'audio' has {len(recordings)} clips."
             raise bad_request(message, "audio", "audio_count_mismatch")
-        ends = list(accumulate(counts))
-        return [
-            self._expand(ids, clip_tokens[end - count : end], "prompt")
-            for ids, count, end in zip(encoded, counts, ends, strict=True)
-        ]
+        rest = iter(recordings)
+        return [self._fill(ids, list(islice(rest, count))) for ids, count in zip(encoded, counts, strict=True)]
+
+    def _fill(self, ids: list[int], recordings: Sequence[Sequence[int]]) -> Prompt:
+        spread = self._spread(ids, [len(clips) for clips in recordings])
+        return self._expand(spread, [count for clips in recordings for count in clips], "prompt")
+
+    def spans(self, spans: Sequence[Span], clip_tokens: Sequence[int]) -> Prompt:
+        """A raw prompt in pieces, of which only the trusted ones may hold control tokens. Raises as `raw`."""
+        return self._expand(self._encode(spans), clip_tokens, "prompt")
 
     def _encode(self, spans: Iterable[Span]) -> list[int]:
         tokenizer = self.tokenizer
@@ -104,6 +114,20 @@ class PromptBuilder:
                 plain, start = "", match.end()
             plain += span.text[start:]
         return ids + tokenizer.encode(plain)
+
+    def _spread(self, ids: list[int], num_clips: Sequence[int]) -> list[int]:
+        """Repeat each placeholder as often as its recording has clips, with its markers if it stands in them."""
+        special, counts = self.tokenizer.special, iter(num_clips)
+        markers = (special.get(AUDIO_BOS), special.get(AUDIO_EOS))
+        spread: list[int] = []
+        for index, token_id in enumerate(ids):
+            spread.append(token_id)
+            if token_id != self.audio_token_id:
+                continue
+            is_marked = 0 < index < len(ids) - 1 and (ids[index - 1], ids[index + 1]) == markers
+            again = [ids[index + 1], ids[index - 1], token_id] if is_marked else [token_id]
+            spread += again * (next(counts) - 1)
+        return spread
 
     def _expand(self, ids: Sequence[int], clip_tokens: Sequence[int], param: str) -> Prompt:
         if ids.count(self.audio_token_id) != len(clip_tokens):

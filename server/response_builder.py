@@ -133,10 +133,16 @@ class ResponseBuilder:
 
 
 def _usage_json(usage: Usage) -> Body:
-    cached = {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0, "audio_tokens": usage.audio_tokens}
+    details: Body = {
+        "cached_tokens": usage.cached_tokens,
+        "cache_write_tokens": 0,
+        "audio_tokens": usage.audio_tokens,
+    }
+    if usage.truncated_audio_s:
+        details["truncated_audio_seconds"] = round(usage.truncated_audio_s, 3)
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": cached,
+        "input_tokens_details": details,
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,

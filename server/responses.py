@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response
 from model.config import GenerationConfig
 from server.chat import read_conversation
 from server.chat_template import AUDIO, CalledFunction, Turn
-from server.media import ClipRef
+from server.content_parts import AudioPart
+from server.media import ClipRef, all_clips, truncation_header
 from server.replies import Body
 from server.response_builder import ResponseBuilder
 from server.response_stream import ResponseStream
@@ -25,7 +26,6 @@ from server.responses_schema import (
     ResponsesRequest,
     ResultItem,
 )
-from server.schema import AudioPart
 from server.serving import Serving
 from server.tool_messages import parse_arguments
 
@@ -34,19 +34,26 @@ async def create_response(serving: Serving, request: ResponsesRequest) -> Respon
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
     tools = request.tool_plan
-    clips, prompt = await read_conversation(
-        serving, list(_clip_refs(request)), lambda: _turns(request), tools.functions, param="input"
+    prompt, recordings = await read_conversation(
+        serving,
+        list(_clip_refs(request)),
+        lambda: _turns(request),
+        tools.functions,
+        long_audio=request.long_audio,
+        param="input",
     )
-    generation = await serving.generation(request, prompt, clips, tools)
+    generation = await serving.generation(request, prompt, all_clips(recordings), tools)
     head = _head(request, model, serving.defaults)
     builder = ResponseBuilder(head, serving.prompts.tokenizer, generation.usage)
     if request.stream:
         deltas = await serving.begin(generation.deltas())
-        return ResponseStream(deltas, builder, keep_alive_s=serving.keep_alive_s)
+        stream = ResponseStream(deltas, builder, keep_alive_s=serving.keep_alive_s)
+        stream.headers.update(truncation_header(recordings))
+        return stream
     async with aclosing(generation.deltas()) as answer:
         async for delta in answer:
             builder.take(delta)
-    return JSONResponse(builder.response())
+    return JSONResponse(builder.response(), headers=truncation_header(recordings))
 
 
 def _clip_refs(request: ResponsesRequest) -> Iterator[ClipRef]:

@@ -12,8 +12,9 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from server.constraints import JsonObjectFormat, NamedSchema, SchemaValue, TextFormat, UnknownFormat
+from server.content_parts import AudioUrlPart, InputAudioPart, TemplateAudioPart
 from server.parameters import REFUSED_IN_RESPONSES, refused
-from server.schema import AudioUrlPart, Count, GenerationRequest, InputAudioPart, TemplateAudioPart
+from server.schema import Count, GenerationRequest
 from server.strict_model import MAX_ITEMS, StrictModel
 from server.tool_messages import CallId, FunctionCall
 from server.tool_plan import ToolPlan

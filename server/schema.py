@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from server.constraints import (
     JsonObjectFormat,
@@ -19,6 +19,7 @@ from server.constraints import (
     SchemaValue,
     StructuredOutputs,
 )
+from server.content_parts import AudioInput, Content, content_tag
 from server.parameters import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -46,101 +47,11 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-
-
-class InputAudio(StrictModel):
-    """Audio inside the request."""
-
-    data: str
-    """Base64, or a whole data: URL."""
-    format: str | None = None
-    """A hint only: the bytes are sniffed."""
-
-
-class AudioUrl(StrictModel):
-    """Audio elsewhere."""
-
-    url: str
-    """http:, https: or data:."""
-
-
-class InputAudioPart(StrictModel):
-    """OpenAI's audio part."""
-
-    type: Literal["input_audio"] = "input_audio"
-    input_audio: InputAudio
-
-
-class AudioUrlPart(StrictModel):
-    """vLLM's audio part."""
-
-    type: Literal["audio_url"] = "audio_url"
-    audio_url: AudioUrl
-
-
-class TemplateAudioPart(StrictModel):
-    """Qwen2-Audio's own audio part, as its chat template and model card write it."""
-
-    type: Literal["audio"] = "audio"
-    audio_url: str | None = None
-    audio: str | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.audio_url is None) == (self.audio is None):
-            raise refused("audio_url", "An audio part needs a URL in 'audio_url'.", "missing_required_parameter")
-        return self
-
-
-class UnknownPart(StrictModel):
-    """Any other part: always refused, by the name of its type."""
-
-    type: JsonValue = None
-
-    @model_validator(mode="after")
-    def _refuse(self) -> Self:
-        if self.type is None:
-            raise refused("type", "A content part needs a 'type'.", "missing_required_parameter")
-        name = repr(self.type[:40]) if isinstance(self.type, str) else "that"
-        message = f"Content parts of type {name} are not supported; text, input_audio and audio_url are."
-        raise refused("type", message, "invalid_value")
-
-
-_PART_TAGS = {"text", "input_audio", "audio_url", "audio"}
-
-
-def _part_tag(part: object) -> str:
-    """The part's type, or the key that stands for it where the type is left out (vLLM's clients do so)."""
-    if not isinstance(part, Mapping):
-        return "<unknown>"
-    kind = part.get("type")
-    if kind is None:
-        kind = next((key for key in ("text", "input_audio", "audio_url") if key in part), None)
-    return f"<{kind}>" if isinstance(kind, str) and kind in _PART_TAGS else "<unknown>"
-
-
-AudioPart = InputAudioPart | AudioUrlPart | TemplateAudioPart
-Part = Annotated[
-    Annotated[TextPart, Tag("<text>")]
-    | Annotated[InputAudioPart, Tag("<input_audio>")]
-    | Annotated[AudioUrlPart, Tag("<audio_url>")]
-    | Annotated[TemplateAudioPart, Tag("<audio>")]
-    | Annotated[UnknownPart, Tag("<unknown>")],
-    Discriminator(_part_tag),
-]
-
-
-def _content_tag(content: object) -> str:
-    return "<parts>" if isinstance(content, list) else "<string>"
-
-
-Content = Annotated[
-    Annotated[str, Tag("<string>")]
-    | Annotated[list[Part], Field(min_length=1, max_length=MAX_ITEMS), Tag("<parts>")],
-    Discriminator(_content_tag),
-]
+LongAudio = Literal["split", "error", "truncate"]
+"""What becomes of a recording that is longer than the model's window."""
 
 
 class Message(StrictModel):
@@ -198,11 +109,11 @@ class GenerationRequest(StrictModel):
         Annotated[
             Annotated[StopString, Tag("<string>")]
             | Annotated[list[StopString], Field(min_length=1, max_length=4), Tag("<parts>")],
-            Discriminator(_content_tag),
+            Discriminator(content_tag),
         ]
         | None
     ) = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_ITEMS)] | None = None
@@ -226,6 +137,8 @@ class GenerationRequest(StrictModel):
     """Only requests with the same salt share what is computed of their audio."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    long_audio: LongAudio | None = None
+    """Tympan's own: what becomes of audio over 30 s. Omitted: as the server is set."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -334,15 +247,6 @@ class ChatRequest(GenerationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-AudioInput = Annotated[
-    Annotated[InputAudioPart, Tag("<input_audio>")]
-    | Annotated[AudioUrlPart, Tag("<audio_url>")]
-    | Annotated[TemplateAudioPart, Tag("<audio>")]
-    | Annotated[UnknownPart, Tag("<unknown>")],
-    Discriminator(lambda part: tag if (tag := _part_tag(part)) != "<text>" else "<unknown>"),
-]
 
 
 def _prompt_tag(prompt: object) -> str:

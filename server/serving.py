@@ -45,6 +45,10 @@ class Serving:
     """Sampling defaults, end-of-sequence ids included."""
     keep_alive_s: float | None
 
+    def of(self, caller: str) -> Serving:
+        """The same, for one caller: ids of uploads in requests are this caller's."""
+        return replace(self, media=self.media.of(caller))
+
     def model_name(self, asked: str | None) -> str:
         """The name to answer with. Raises ApiError when nobody is served under the name asked for."""
         if asked is None:
@@ -76,6 +80,7 @@ class Serving:
         usage = Usage(
             sum(len(prompt.token_ids) for prompt, _ in prompts),
             sum(prompt.num_audio_tokens for prompt, _ in prompts),
+            truncated_audio_s=sum(prompt.truncated_audio_s for prompt, _ in prompts),
         )
         generations = await self._generations(request, prompts, usage, tools)
         num_choices = len(prompts) * request.num_choices
@@ -108,7 +113,7 @@ class Serving:
         self, request: GenerationRequest, prompt: Prompt, clips: Sequence[Clip], tools: ToolPlan = NO_TOOLS
     ) -> Generation:
         """An answer that has not begun. Raises ApiError for parameters that cannot be honoured."""
-        usage = Usage(len(prompt.token_ids), prompt.num_audio_tokens)
+        usage = Usage(len(prompt.token_ids), prompt.num_audio_tokens, truncated_audio_s=prompt.truncated_audio_s)
         [generation] = await self._generations(request, [(prompt, clips)], usage, tools)
         return generation
 

@@ -55,7 +55,7 @@ def test_ffmpeg_itself_may_open_nothing_else(name, demuxers, tmp_path, monkeypat
     (tmp_path / "secret.wav").write_bytes(written(chirp(0.1, 16_000), 16_000, "WAV"))
     started = time.perf_counter()
     with pytest.raises(CODEC_ERRORS):
-        list(read_blocks(UNREADABLE[name][0], demuxers))
+        list(read_blocks(io.BytesIO(UNREADABLE[name][0]), demuxers))
     assert time.perf_counter() - started < 2
 
 

@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import base64
+import io
 import time
 from pathlib import Path
 
@@ -155,5 +156,25 @@ def test_public_names_and_imports():
 
 
 def dir_public():
-    modules = {path.stem for path in Path(audio.__file__).parent.glob("*.py")} - {"decode"}
+    modules = {path.stem for path in Path(audio.__file__).parent.glob("*.py")} - {"decode", "segment"}
     return [name for name in vars(audio) if not name.startswith("_") and name not in modules]
+
+
+def test_a_long_file_streams_in_windows():
+    sound = chirp(7.3, 16_000)
+    wav = written(sound, 16_000, "WAV", "FLOAT")
+
+    async def scenario():
+        loader = AudioLoader(LIMITS)
+        try:
+            windows = [window async for window in loader.stream(io.BytesIO(wav), LIMITS, 32_000)]
+            left = loader.stream(io.BytesIO(wav), LIMITS, 32_000)
+            await anext(left)
+            await left.aclose()
+            return windows
+        finally:
+            await loader.aclose()
+
+    windows = asyncio.run(scenario())
+    assert np.array_equal(np.concatenate([window.samples for window in windows]), sound[:, 0])
+    assert all(window.num_samples <= 32_000 for window in windows)

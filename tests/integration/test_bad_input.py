@@ -49,7 +49,7 @@ HOSTILE: dict[str, Any] = {
     "bomb": lambda: input_audio(flac_bomb(), "flac"),
     "bad base64": lambda: {"type": "input_audio", "input_audio": {"data": "????", "format": "wav"}},
     "too short": lambda: input_audio(wav(noise(320))),
-    "31 s": lambda: input_audio(wav(noise(31 * 16000))),
+    "601 s": lambda: input_audio(wav(noise(601 * 4000), 4000)),
     "not a number": lambda: input_audio(wav(np.full(16000, np.nan, np.float32))),
     "metadata address": lambda: url("http://169.254.169.254/latest/meta-data"),
     "private address": lambda: url("http://10.0.0.1/a.wav"),

@@ -8,7 +8,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,8 @@ class Servers:
         box: list[Served] = []
 
         async def run() -> None:
-            engine = FakeEngineClient(info=info)
+            max_model_len = settings.get("max_model_len", info.max_model_len)
+            engine = FakeEngineClient(info=replace(info, max_model_len=max_model_len))
             app = create_app(Settings(**settings), engine, self._checkpoint)
             config = uvicorn.Config(
                 app, port=0, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import EngineDeadError
@@ -58,10 +58,16 @@ class FakeEngineClient:
     ended: list[tuple[str, int]] = field(default_factory=list)
     """Choices that were ended alone."""
     dead: asyncio.Event = field(default_factory=asyncio.Event)
+    script_of: Callable[[EngineRequest], Script] | None = None
+    """Where requests get different answers."""
+    num_running: int = 0
+    max_running: int = 0
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         self.requests.append(request)
         unfinished = set(range(request.n))
+        self.num_running += 1
+        self.max_running = max(self.max_running, self.num_running)
         try:
             async for output in self._steps(request):
                 unfinished -= {index for request_id, index in self.ended if request_id == request.request_id}
@@ -71,6 +77,7 @@ class FakeEngineClient:
                     if (request.request_id, index) not in self.ended:
                         yield dataclasses.replace(output, index=index)
         finally:
+            self.num_running -= 1
             if unfinished - {index for request_id, index in self.ended if request_id == request.request_id}:
                 self.aborted.append(request.request_id)
 
@@ -78,7 +85,7 @@ class FakeEngineClient:
         self.ended.append((request_id, index))
 
     async def _steps(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
-        script = self.script
+        script = self.script_of(request) if self.script_of else self.script
         ids = list(script.token_ids)[: request.sampling.max_tokens]
         cut = len(ids) < len(script.token_ids)
         for start in range(0, len(ids), script.tokens_per_step):

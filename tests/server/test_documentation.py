@@ -13,9 +13,13 @@ from server.parameters import (
     REFUSED_IN_COMPLETIONS,
     REFUSED_IN_MESSAGES,
     REFUSED_IN_RESPONSES,
+    REFUSED_IN_TOKENIZE,
+    REFUSED_IN_TRANSCRIPTIONS,
 )
 from server.responses_schema import ResponsesRequest
 from server.schema import ChatRequest, CompletionRequest
+from server.tokenization import DetokenizeRequest, TokenizeRequest
+from server.transcription_form import TranscriptionForm
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 NAMES = {
@@ -26,6 +30,9 @@ NAMES = {
     *REFUSED_IN_COMPLETIONS,
     *REFUSED_IN_RESPONSES,
     *REFUSED_IN_MESSAGES,
+    *REFUSED_IN_TOKENIZE,
+    *TokenizeRequest.model_fields,
+    *DetokenizeRequest.model_fields,
     *IGNORED,
 }
 
@@ -45,3 +52,10 @@ def test_lists_of_refused_and_ignored_hold_nothing_else() -> None:
     refused = DOCUMENT.split("Refused unless")[1].split("Accepted without")[0]
     listed = set(re.findall(r"`(\w+)`", refused))
     assert listed == {*REFUSED_IN_CHAT, *REFUSED_IN_MESSAGES}
+
+
+def test_every_field_of_transcription_is_documented() -> None:
+    section = DOCUMENT.split("## POST /v1/audio/transcriptions")[1].split("\n## ")[0]
+    fields = {*TranscriptionForm.model_fields, *REFUSED_IN_TRANSCRIPTIONS}
+    named = set(re.findall(r"`([\w\[\]]+)`", section))
+    assert {name for name in fields if not named & {name, f"{name}[]"}} == set()

@@ -110,7 +110,9 @@ INVALID = {
     "300 channels": (inline(wav_header(channels=300)), PART, None),
     "10 MHz": (inline(wav_header(rate=10_000_000)), PART, None),
     "20 ms": (inline(wav_base64(samples=320)), PART, "audio_too_short"),
-    "31 s": (inline(wav_base64(31, rate=8000)), PART, "audio_too_long"),
+    "31 s": ({**inline(wav_base64(31, rate=8000)), "long_audio": "error"}, PART, "audio_too_long"),
+    "31 s in a small context": (inline(wav_base64(31, rate=8000)), PART, "context_length_exceeded"),
+    "long_audio": (chat(long_audio="shorten"), "long_audio", "invalid_value"),
     "file URL": (link("file:///etc/passwd"), PART, None),
     "loopback": (link("http://127.0.0.1:1/a.wav"), PART, "media_url_refused"),
     "metadata": (link("http://169.254.169.254/latest"), PART, "media_url_refused"),
@@ -167,7 +169,8 @@ def test_input_is_not_echoed(served: Served) -> None:
 
 
 def test_limits_are_named(served: Served) -> None:
-    too_long = served.post(inline(wav_base64(31, rate=8000))).json()["error"]["message"]
+    body = {**inline(wav_base64(31, rate=8000)), "long_audio": "error"}
+    too_long = served.post(body).json()["error"]["message"]
     assert "31.00 s" in too_long
     assert "30 s" in too_long
     context = served.post(chat(messages=[user("word " * 400)])).json()["error"]["message"]
@@ -185,6 +188,8 @@ def test_unknown_model_route_and_method(served: Served) -> None:
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     check_envelope(response)
+    response = httpx.put(f"{served.url}/v1/files/file-1")
+    assert (response.status_code, response.headers["allow"]) == (405, "DELETE, GET")
 
 
 def test_content_type(served: Served) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Encoder
 from transformers import Qwen2AudioProcessor
 
 from model.errors import ConfigError
-from server.chat_template import AUDIO, DEFAULT_TEMPLATE, ChatTemplate, Turn
+from server.chat_template import AUDIO, DEFAULT_TEMPLATE, ChatTemplate, Span, Turn
 from server.errors import ApiError
 from server.prompt import Prompt, PromptBuilder
 from server.tokenizer import Tokenizer
@@ -160,5 +160,21 @@ def test_raw_prompts_keep_their_control_tokens(builder: PromptBuilder, encoder: 
     expected = []
     for token_id in encoder.encode(text).ids:
         expected += [token_id] * (4 if token_id == audio_id else 1)
-    assert builder.raw(text, [4]) == Prompt(tuple(expected), (1,), 4)
-    assert builder.raw(encoder.encode(text).ids, [4]) == Prompt(tuple(expected), (1,), 4)
+    assert builder.raw(text, [[4]]) == Prompt(tuple(expected), (1,), 4)
+    assert builder.raw(encoder.encode(text).ids, [[4]]) == Prompt(tuple(expected), (1,), 4)
+
+
+def test_a_split_recording_takes_several_places_in_a_raw_prompt(builder: PromptBuilder) -> None:
+    for one, many in (
+        ("<|audio_bos|><|AUDIO|><|audio_eos|>Go", "<|audio_bos|><|AUDIO|><|audio_eos|>" * 3 + "Go"),
+        ("Well:<|AUDIO|>Go", "Well:<|AUDIO|><|AUDIO|><|AUDIO|>Go"),
+        ("<|AUDIO|>", "<|AUDIO|><|AUDIO|><|AUDIO|>"),
+    ):
+        assert builder.raw(one, [[4, 3, 2]]) == builder.raw(many, [[4], [3], [2]])
+
+
+def test_only_trusted_spans_hold_control_tokens(builder: PromptBuilder, encoder: Encoder) -> None:
+    spans = [Span("<|AUDIO|>", trusted=True), Span("<|AUDIO|>", trusted=False)]
+    prompt = builder.spans(spans, [2])
+    assert prompt.token_ids.count(encoder.token_to_id("<|AUDIO|>")) == 2
+    assert prompt.clip_offsets == (0,)

@@ -1,0 +1,108 @@
+"""POST /v1/audio/transcriptions and /v1/audio/translations: from a form to its answer.
+
+The first piece of text is awaited before any header goes out (for at most one keep-alive interval), so that an
+early failure keeps its true status. Whatever happens, the work is stopped first and then the upload removed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from server.channel import Channel
+from server.errors import to_api_error
+from server.logs import log_failure
+from server.multipart import Form
+from server.streaming import DONE, KEEP_ALIVE, encode_event
+from server.transcriber import Segment, Transcriber, Transcription
+from server.transcription_form import TranscriptionForm, parse_transcription
+from server.transcripts import delta_event, done_event, whole
+
+logger = logging.getLogger(__name__)
+
+
+async def transcribe(transcriber: Transcriber, form: Form, model: type[TranscriptionForm]) -> Response:
+    """Answer whole or as a stream; owns `form`. Raises ApiError, RequestError, EngineDeadError."""
+    is_handed_on = False
+    try:
+        fields = parse_transcription(model, form.fields)
+        transcriber.serving.model_name(fields.model)
+        transcription = transcriber.transcription(fields, form.file.content)
+        if not fields.stream:
+            return await _collect(transcription)
+        keep_alive_s = transcriber.serving.keep_alive_s
+        pieces = Channel(transcription.pieces())
+        try:
+            await pieces.wait_begun(keep_alive_s)
+        except StopAsyncIteration:
+            pass  # no text at all; the stream will say so
+        except BaseException:
+            await pieces.aclose()
+            raise
+        response = TranscriptStream(transcription, pieces, form, keep_alive_s)
+        is_handed_on = True
+        return response
+    finally:
+        if not is_handed_on:
+            form.close()
+
+
+async def _collect(transcription: Transcription) -> Response:
+    text: list[str] = []
+    segments: list[Segment] = []
+    async with aclosing(transcription.pieces()) as pieces:
+        async for piece in pieces:
+            if isinstance(piece, Segment):
+                segments.append(piece)
+            else:
+                text.append(piece)
+    return whole(transcription, "".join(text), segments)
+
+
+class TranscriptStream(StreamingResponse):
+    """transcript.text.delta events, one transcript.text.done, [DONE]. Owns the channel and the upload."""
+
+    def __init__(
+        self,
+        transcription: Transcription,
+        pieces: Channel[str | Segment],
+        form: Form,
+        keep_alive_s: float | None,
+    ) -> None:
+        self._transcription = transcription
+        self._pieces = pieces
+        self._form = form
+        self._keep_alive_s = keep_alive_s
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._events(), headers=headers, media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._pieces.aclose()
+            self._form.close()
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        text: list[str] = []
+        try:
+            while True:
+                try:
+                    piece = await self._pieces.get(self._keep_alive_s)
+                except TimeoutError:
+                    yield KEEP_ALIVE
+                    continue
+                except StopAsyncIteration:
+                    break
+                if isinstance(piece, str):
+                    text.append(piece)
+                    yield encode_event(delta_event(piece))
+            yield encode_event(done_event("".join(text), self._transcription.usage))
+        except Exception as error:
+            log_failure(logger, "a transcription failed after it had begun", error)
+            yield encode_event(to_api_error(error).envelope())
+        yield DONE
