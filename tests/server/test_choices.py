@@ -152,6 +152,20 @@ def test_without_a_generation_prompt(served: Served) -> None:
 INVALID = {
     "both": (continued("a", add_generation_prompt=True), "continue_final_message"),
     "a user's": ({"messages": [user("Hi")], "continue_final_message": True}, "continue_final_message"),
+    "one that calls": (
+        {
+            "messages": [
+                user("Hi"),
+                {
+                    "role": "assistant",
+                    "content": "a",
+                    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+                },
+            ],
+            "continue_final_message": True,
+        },
+        "continue_final_message",
+    ),
     "no text": (continued("  "), "messages"),
     "too many": ({"messages": [user("Hi")], "n": 10**9}, "n"),
     "none": ({"messages": [user("Hi")], "n": 0}, "n"),
