@@ -302,6 +302,7 @@ def test_unknown_model(server: Served) -> None:
 @pytest.mark.parametrize(("data", "code"), [
     (b"", "audio_empty"), (b"<html>", "unsupported_audio"), (ONE[:44], "audio_empty"),
     (ONE[: 44 + 2 * 320], "audio_too_short"),
+    (ONE[:44] + bytes(2 * 100), "audio_too_short"),
 ])  # fmt: skip
 def test_what_is_no_audio(server: Served, data: bytes, code: str) -> None:
     for stream in ("", "true"):
