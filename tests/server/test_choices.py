@@ -138,6 +138,10 @@ def test_parts_are_continued_too_and_echoed(served: Served) -> None:
     answer = served.post(continued(parts, echo=True, n=2)).json()
     assert prompt_text(served).endswith("assistant\nOne, two,")
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["One, two,Hello there!"] * 2
+    blank = [{"type": "text", "text": text} for text in ("One ", "", " ")]
+    assert served.post(continued(blank)).status_code == 200
+    last = served.engine.requests.pop().prompt_token_ids
+    assert b"".join(map(served.tokenizer.bytes_of, last)).endswith(b"assistant\nOne  ")
     chunks = events(served.post(continued("One", echo=True, stream=True)).text)
     assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks[:2]] == ["", "One"]
 
