@@ -38,6 +38,8 @@ soundfile.write(WAV, np.sin(np.arange(8_000) / 9) / 9, 16_000, format="WAV")
 SAMPLES: dict[str, Any] = {
     "boolean": True, "integer": 3, "number": 1.5, "string": "x" * 10_000, "array": [[]], "object": {"x": {}},
 }  # fmt: skip
+ITEMS: dict[str | None, Any] = {"string": "x", "array": [1]}
+"""What a list that is too long holds, so that no other kind of list takes it."""
 MAX_ANSWER_BYTES = 8192
 TWO_GB = 2 << 30
 
@@ -67,7 +69,8 @@ def bad_values(schema: dict[str, Any]) -> Iterator[Any]:
         if "maximum" in branch:
             yield from (branch["maximum"] + 1, 10**20)
         if branch["type"] == "array" and "maxItems" in branch:
-            yield [1] * (branch["maxItems"] + 1)
+            item = ITEMS.get(branch["items"].get("type"), 1)
+            yield [item] * (branch["maxItems"] + 1)
         if branch["type"] == "array" and branch.get("minItems"):
             yield []
         if "enum" in branch or "const" in branch:

@@ -262,7 +262,8 @@ def test_the_engine_gets_a_grammar_of_what_was_asked_for(
     "fields", [{}, {"response_format": {"type": "text"}}, {"response_format": None, "structured_outputs": None}]
 )
 def test_an_answer_is_free_unless_asked_otherwise(served: Served, path: str, fields: dict[str, Any]) -> None:
-    body = {"messages": [user("hi")], "prompt": "hi", **fields}
+    asked = {"prompt": "hi"} if path == "/v1/completions" else {"messages": [user("hi")]}
+    body = {**asked, **fields}
     assert served.post(body, path).status_code == 200
     assert served.engine.requests[-1].sampling.grammar is None
 
