@@ -77,6 +77,8 @@ class Choice(BaseModel):
     index: int
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None
+    token_ids: list[int] = []
+    """Only there when asked for, as `prompt_token_ids`."""
 
 
 class ChatChoice(Choice):
@@ -93,6 +95,7 @@ class ChatAnswer(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: UsageAnswer
+    prompt_token_ids: list[int] = []
 
 
 class CompletionLogprobs(BaseModel):
@@ -105,6 +108,7 @@ class CompletionLogprobs(BaseModel):
 class CompletionChoice(Choice):
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_token_ids: list[int] = []
 
 
 class CompletionAnswer(BaseModel):

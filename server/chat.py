@@ -13,7 +13,7 @@ from server.content_parts import AudioPart
 from server.media import ClipRef, Recording, all_clips, check_windows_fit, truncated_seconds, truncation_header
 from server.prompt import Prompt
 from server.replies import ChatReply
-from server.schema import AnyMessage, ChatRequest, LongAudio, Message
+from server.schema import AnyMessage, ChatRequest, LongAudio, Message, Rendering
 from server.serving import Serving
 from server.text_content import TextPart, texts_of
 from server.tool_messages import CallingMessage, ToolMessage
@@ -23,9 +23,7 @@ from server.tool_plan import Function
 async def complete_chat(serving: Serving, request: ChatRequest) -> Response:
     """Hear the clips, build the prompt, answer. Raises ApiError, RequestError, EngineDeadError."""
     model = serving.model_name(request.model)
-    prompt, recordings = await read_messages(
-        serving, request.messages, request.long_audio, request.tool_plan.functions, _end(request)
-    )
+    prompt, recordings = await read_messages(serving, request.messages, request.long_audio, request)
     reply = ChatReply(
         model,
         serving.prompts.tokenizer,
@@ -43,25 +41,24 @@ async def read_messages(
     serving: Serving,
     messages: Sequence[AnyMessage],
     long_audio: LongAudio | None,
-    functions: Sequence[Function] = (),
-    end: PromptEnd = PromptEnd.ANSWER,
+    rendering: Rendering,
 ) -> tuple[Prompt, list[Recording]]:
     """What the model reads of a conversation, and the recordings in it. Raises ApiError."""
     return await read_conversation(
         serving,
         _clip_refs(messages),
         lambda: [_turn(message) for message in messages],
-        functions,
+        rendering.tool_plan.functions,
         long_audio=long_audio,
-        end=end,
+        end=_end(rendering),
         param="messages",
     )
 
 
-def _end(request: ChatRequest) -> PromptEnd:
-    if request.continue_final_message:
+def _end(rendering: Rendering) -> PromptEnd:
+    if rendering.continue_final_message:
         return PromptEnd.INSIDE
-    return PromptEnd.MESSAGES if request.add_generation_prompt is False else PromptEnd.ANSWER
+    return PromptEnd.MESSAGES if rendering.add_generation_prompt is False else PromptEnd.ANSWER
 
 
 async def read_conversation(

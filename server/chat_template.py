@@ -213,8 +213,15 @@ def _content(content: str | tuple[str | None, ...], marks: _Marks) -> str | list
 
 
 def _last_text(turn: Turn) -> str:
-    """The text at the end of a turn; empty when it ends with a clip."""
-    return turn.content if isinstance(turn.content, str) else turn.content[-1] or ""
+    """The text at the end of a turn, with any blank parts behind it; none when it ends with a clip."""
+    if isinstance(turn.content, str):
+        return turn.content
+    text = ""
+    for part in reversed(turn.content):
+        text = (part or "") + text
+        if part is AUDIO or part.strip():
+            break
+    return text
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

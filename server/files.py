@@ -127,7 +127,7 @@ def _file(audio: StoredAudio) -> dict[str, Any]:
         "object": "file",
         "bytes": audio.num_bytes,
         "created_at": int(audio.created_at),
-        "expires_at": math.ceil(audio.expires_at),
+        "expires_at": int(audio.expires_at),
         "filename": audio.file_name,
         "purpose": PURPOSE,
         "status": "processed",

@@ -167,7 +167,8 @@ class Generation:
         if parser is None:
             return self._delta(output, choice, text, reason, stop_reason)
         parsed, rest = parser.feed(text), parser.finish()
-        has_calls = parser.is_done or (reason is FinishReason.STOP and parser.num_calls)
+        is_called = parser.num_calls > 0 and not parser.is_cut
+        has_calls = parser.is_done or (reason is FinishReason.STOP and is_called)
         ended_by = TOOL_CALLS if has_calls else reason
         return self._delta(output, choice, parsed.text + rest.text, ended_by, stop_reason, parsed.calls)
 

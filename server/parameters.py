@@ -50,7 +50,7 @@ _REFUSED_EVERYWHERE: Mapping[str, Refusal] = {
     "use_beam_search": Refusal("beam search is not supported", (False,)),
 }
 
-REFUSED_IN_CHAT: Mapping[str, Refusal] = {
+_REFUSED_IN_CONVERSATIONS: Mapping[str, Refusal] = {
     **_REFUSED_EVERYWHERE,
     "audio": Refusal("the model writes text only"),
     "best_of": Refusal(_NOT_HERE, (1,)),
@@ -65,40 +65,52 @@ REFUSED_IN_CHAT: Mapping[str, Refusal] = {
     "web_search_options": Refusal("the server reaches no web search"),
 }
 
-REFUSED_IN_COMPLETIONS: Mapping[str, Refusal] = {
-    **_REFUSED_EVERYWHERE,
-    "add_generation_prompt": Refusal("a raw prompt has no messages", (True,)),
-    "continue_final_message": Refusal("a raw prompt has no messages", (False,)),
-    "prompt_embeds": Refusal(_NOT_HERE),
-    "suffix": Refusal("the model does not fill in the middle", ("",)),
-}
-
 _NOT_STORED = "nothing is stored here: send the whole conversation"
 
-REFUSED_IN_RESPONSES: Mapping[str, Refusal] = {
+REFUSED_IN_CHAT: Mapping[str, Refusal] = {
+    **_REFUSED_IN_CONVERSATIONS,
+    "instructions": Refusal("it is a system message here"),
+    "max_output_tokens": Refusal("it is max_completion_tokens here"),
+    "previous_response_id": Refusal(_NOT_STORED),
+}
+
+REFUSED_OF_RAW_PROMPTS: Mapping[str, Refusal] = {
+    "add_generation_prompt": Refusal("a raw prompt has no messages", (True,)),
+    "continue_final_message": Refusal("a raw prompt has no messages", (False,)),
+    "tool_choice": Refusal("a raw prompt has no tools", ("none", "auto")),
+    "tools": Refusal("a raw prompt has no tools", ([],)),
+}
+
+REFUSED_IN_COMPLETIONS: Mapping[str, Refusal] = {
     **_REFUSED_EVERYWHERE,
+    **REFUSED_OF_RAW_PROMPTS,
+    "max_completion_tokens": Refusal("it is max_tokens here"),
+    "max_output_tokens": Refusal("it is max_tokens here"),
+    "messages": Refusal("it is prompt here"),
+    "prompt_embeds": Refusal(_NOT_HERE),
+    "suffix": Refusal("the model does not fill in the middle", ("",)),
+    "top_logprobs": Refusal("it is logprobs here", (0,)),
+}
+
+REFUSED_IN_RESPONSES: Mapping[str, Refusal] = {
+    **_REFUSED_IN_CONVERSATIONS,
+    "add_generation_prompt": Refusal("an answer is always a turn of its own", (True,)),
     "background": Refusal("answers are not kept for later", (False,)),
-    "chat_template": Refusal(_NO_OVERRIDE),
-    "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
     "context_management": Refusal(_NOT_HERE, ([],)),
+    "continue_final_message": Refusal("an answer is always a turn of its own", (False,)),
     "conversation": Refusal(_NOT_STORED),
     "logprobs": Refusal("include message.output_text.logprobs instead", (False,)),
     "max_completion_tokens": Refusal("it is max_output_tokens here"),
     "messages": Refusal("it is input here"),
-    "modalities": Refusal("the model writes text only", (["text"],)),
-    "moderation": Refusal(_NOT_HERE),
     "previous_response_id": Refusal(_NOT_STORED),
     "prompt": Refusal("there are no stored prompts"),
     "truncation": Refusal("nothing is ever truncated", ("disabled",)),
 }
 
 REFUSED_IN_TOKENIZE: Mapping[str, Refusal] = {
-    "add_generation_prompt": Refusal(_NOT_HERE, (True,)),
     "chat_template": Refusal(_NO_OVERRIDE),
     "chat_template_kwargs": Refusal(_NO_OVERRIDE, ({},)),
-    "continue_final_message": Refusal(_NOT_HERE, (False,)),
     "mm_processor_kwargs": Refusal(_NO_OVERRIDE, ({},)),
-    "tools": Refusal(_NOT_HERE, ([],)),
 }
 
 REFUSED_IN_MESSAGES: Mapping[str, Refusal] = {

@@ -71,7 +71,8 @@ class PromptBuilder:
                 else self.template.render(folded, end=end)
             )
         except TemplateError as error:
-            raise bad_request(f"The chat template refuses these messages: {str(error)[:200]}", param) from None
+            message = f"The chat template refuses these messages: {str(error)[:200]}"
+            raise bad_request(message, param, "invalid_value") from None
         return self._expand(self._encode(spans), clip_tokens, param)
 
     def raw(self, prompt: str | Sequence[int], recordings: Sequence[Sequence[int]]) -> Prompt:
@@ -131,7 +132,8 @@ class PromptBuilder:
 
     def _expand(self, ids: Sequence[int], clip_tokens: Sequence[int], param: str) -> Prompt:
         if ids.count(self.audio_token_id) != len(clip_tokens):
-            raise bad_request("The chat template has no place for the audio of these messages.", param)
+            message = "The chat template has no place for the audio of these messages."
+            raise bad_request(message, param, "invalid_value")
         clips = iter(clip_tokens)
         expanded: list[int] = []
         offsets = []

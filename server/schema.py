@@ -7,7 +7,7 @@ server/sampling.py. Tags of unions are written `<so>`, so that server/body.py ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
@@ -192,7 +192,45 @@ class GenerationRequest(StrictModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(GenerationRequest):
+class Rendering(StrictModel):
+    """What, beside the messages of a conversation, decides how its prompt reads: its end and the tools."""
+
+    model_config = ConfigDict(extra="allow")
+
+    add_generation_prompt: bool | None = None
+    """True unless the final message is continued."""
+    continue_final_message: bool | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def tool_plan(self) -> ToolPlan:
+        """What the answer may call. Raises PydanticCustomError, but not once the request is valid."""
+        return tool_plan(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        tool_plan(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return self
+
+    def check_messages(self, messages: Sequence[AnyMessage]) -> None:
+        """Raise PydanticCustomError for messages that cannot be rendered so."""
+        check_results(messages)
+        if not self.continue_final_message:
+            return
+        if self.add_generation_prompt:
+            message = "'continue_final_message' and 'add_generation_prompt' cannot both be true."
+            raise refused("continue_final_message", message, "invalid_value")
+        if messages[-1].role != "assistant":
+            message = "'continue_final_message' needs a last message of the assistant's."
+            raise refused("continue_final_message", message, "invalid_value")
+        if isinstance(messages[-1], CallingMessage):
+            message = "'continue_final_message' needs a last message without 'tool_calls': it ends with them."
+            raise refused("continue_final_message", message, "invalid_value")
+
+
+class ChatRequest(Rendering, GenerationRequest):
     """POST /v1/chat/completions."""
 
     refusals = REFUSED_IN_CHAT
@@ -202,27 +240,10 @@ class ChatRequest(GenerationRequest):
     """Wins over max_tokens, its older name."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    add_generation_prompt: bool | None = None
-    """True unless the final message is continued."""
-    continue_final_message: bool | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
-    def _check_end(self) -> Self:
-        if self.continue_final_message:
-            if self.add_generation_prompt:
-                message = "'continue_final_message' and 'add_generation_prompt' cannot both be true."
-                raise refused("continue_final_message", message, "invalid_value")
-            if self.messages[-1].role != "assistant":
-                message = "'continue_final_message' needs a last message of the assistant's."
-                raise refused("continue_final_message", message, "invalid_value")
-        return self
-
-    @model_validator(mode="after")
-    def _check_tools(self) -> Self:
-        check_results(self.messages)
+    def _check_conversation(self) -> Self:
+        self.check_messages(self.messages)
         if self.tool_plan.functions and self.structured_outputs is not None:
             message = "The answer cannot both call tools and follow 'structured_outputs'."
             raise refused("structured_outputs", message, "invalid_value")
@@ -234,11 +255,6 @@ class ChatRequest(GenerationRequest):
             message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
             raise refused("top_logprobs", message, "invalid_value")
         return self
-
-    @property
-    def tool_plan(self) -> ToolPlan:
-        """What the answer may call. Raises PydanticCustomError, but not once the request is valid."""
-        return tool_plan(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def token_limit(self) -> int | None:

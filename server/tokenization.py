@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
 from server.chat import read_messages
 from server.completions import read_prompts
 from server.content_parts import AudioInput
 from server.media import all_clips, truncation_header
-from server.parameters import REFUSED_IN_TOKENIZE, check_refused, refused
+from server.parameters import REFUSED_IN_TOKENIZE, REFUSED_OF_RAW_PROMPTS, check_refused, refused
 from server.sampling import check_token_ids
-from server.schema import AnyMessage, LongAudio, TokenId
+from server.schema import AnyMessage, LongAudio, Rendering, TokenId
 from server.serving import Serving
 from server.strict_model import MAX_ITEMS, StrictModel
 
@@ -26,10 +26,8 @@ MAX_TOKENS = 1 << 18
 """Of a list to detokenize: far above any context."""
 
 
-class TokenizeRequest(StrictModel):
-    """POST /tokenize: a raw prompt with its clips, as for completions, or a conversation."""
-
-    model_config = ConfigDict(extra="allow")
+class TokenizeRequest(Rendering):
+    """POST /tokenize: a raw prompt with its clips, as for completions, or a conversation with its tools."""
 
     model: str | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
@@ -47,6 +45,10 @@ class TokenizeRequest(StrictModel):
         if self.messages is not None and (self.prompt is not None or self.audio is not None):
             name = "prompt" if self.prompt is not None else "audio"
             raise refused(name, f"'{name}' and 'messages' cannot be tokenized at once.", "invalid_value")
+        if self.messages is None:
+            check_refused({name: getattr(self, name) for name in REFUSED_OF_RAW_PROMPTS}, REFUSED_OF_RAW_PROMPTS)
+        else:
+            self.check_messages(self.messages)
         return self
 
 
@@ -61,7 +63,7 @@ async def tokenize(serving: Serving, request: TokenizeRequest) -> Response:
     """Count and list the tokens of what a request would read. Raises ApiError."""
     serving.model_name(request.model)
     if request.messages is not None:
-        prompt, recordings = await read_messages(serving, request.messages, request.long_audio)
+        prompt, recordings = await read_messages(serving, request.messages, request.long_audio, request)
     else:
         prompts, recordings = await read_prompts(serving, [request.prompt or ""], request.audio, request.long_audio)
         prompt = prompts[0]

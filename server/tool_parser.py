@@ -88,6 +88,11 @@ class StreamingToolParser:
         """Whether there are as many calls as there may be, all of them whole."""
         return self._state is not _State.BODY and self.num_calls == self._max_calls
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a call was shown whose arguments are not whole."""
+        return self._shown_to is not None and self._scanner.value_end is None
+
     def feed(self, text: str) -> Parsed:
         """Take a piece of the answer, give back what may be shown. What follows when `is_done` is dropped."""
         self._held += text

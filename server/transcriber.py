@@ -149,9 +149,10 @@ class Transcription:
                 start += pcm.num_samples
 
     async def _begin(self, pcm: Pcm, start: int) -> _Window:
+        if start == 0 or np.abs(pcm.samples).max() > SILENCE:
+            check_audible(pcm.num_samples, "file")
         if np.abs(pcm.samples).max() <= SILENCE:
             return _Window(start, pcm.num_samples)
-        check_audible(pcm.num_samples, "file")
         generation = await asyncio.to_thread(self._generation, Clip.of(pcm))
         deltas = Channel(generation.deltas())
         self._running.add(deltas)

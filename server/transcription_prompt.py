@@ -36,7 +36,7 @@ class Recipe:
             raise bad_request(message, "prompt", "unsupported_parameter")
 
     def prompt(self, prompts: PromptBuilder, form: TranscriptionForm, num_audio_tokens: int) -> Prompt:
-        """The prompt of one window. Raises ApiError when the request's `prompt` is too long."""
+        """The prompt of one window. Raises ApiError when it is too long: the request's `prompt`, or the window."""
         context = self.context.format(prompt=form.prompt) if form.prompt and self.context else ""
         text = self._wording(form)
         try:
@@ -44,8 +44,11 @@ class Recipe:
                 return prompts.spans([Span(text, trusted=True), Span(context, trusted=False)], [num_audio_tokens])
             return prompts.chat([Turn("user", (AUDIO, text + context))], [num_audio_tokens])
         except ApiError as error:
-            message = f"The 'prompt' does not fit beside a window of audio: {error.message}"
-            raise bad_request(message, "prompt", error.code) from None
+            param = "prompt" if context else "file"
+            what = (
+                "The 'prompt' does not fit beside a window of audio" if context else "A window of audio does not fit"
+            )
+            raise bad_request(f"{what}: {error.message}", param, error.code) from None
 
     def _wording(self, form: TranscriptionForm) -> str:
         is_translation = form.task == "translate"

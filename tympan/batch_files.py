@@ -19,7 +19,7 @@ from pydantic_core import from_json, to_json
 
 from server.body import MAX_JSON_VALUES
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 ENVELOPE_BYTES = 64 * 1024
 """Of a line, besides its body."""
 _BOM = b"\xef\xbb\xbf"

@@ -138,6 +138,10 @@ def test_parts_are_continued_too_and_echoed(served: Served) -> None:
     answer = served.post(continued(parts, echo=True, n=2)).json()
     assert prompt_text(served).endswith("assistant\nOne, two,")
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["One, two,Hello there!"] * 2
+    blank = [{"type": "text", "text": text} for text in ("One ", "", " ")]
+    assert served.post(continued(blank)).status_code == 200
+    last = served.engine.requests.pop().prompt_token_ids
+    assert b"".join(map(served.tokenizer.bytes_of, last)).endswith(b"assistant\nOne  ")
     chunks = events(served.post(continued("One", echo=True, stream=True)).text)
     assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks[:2]] == ["", "One"]
 
@@ -152,6 +156,20 @@ def test_without_a_generation_prompt(served: Served) -> None:
 INVALID = {
     "both": (continued("a", add_generation_prompt=True), "continue_final_message"),
     "a user's": ({"messages": [user("Hi")], "continue_final_message": True}, "continue_final_message"),
+    "one that calls": (
+        {
+            "messages": [
+                user("Hi"),
+                {
+                    "role": "assistant",
+                    "content": "a",
+                    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+                },
+            ],
+            "continue_final_message": True,
+        },
+        "continue_final_message",
+    ),
     "no text": (continued("  "), "messages"),
     "too many": ({"messages": [user("Hi")], "n": 10**9}, "n"),
     "none": ({"messages": [user("Hi")], "n": 0}, "n"),

@@ -110,6 +110,15 @@ def test_answers_hold_what_is_promised(served: Served, logprobs: bool) -> None:
     fields = {"logprobs": 2} if logprobs else {}
     body = {"prompt": "Hi", **fields}
     assert CompletionAnswer.model_validate_json(served.post(body, "/v1/completions").content, strict=True).choices
+    ids = {"return_token_ids": True}
+    chat = ChatAnswer.model_validate_json(served.post({"messages": messages, **ids}).content, strict=True)
+    assert chat.prompt_token_ids
+    assert chat.choices[0].token_ids
+    completion = CompletionAnswer.model_validate_json(
+        served.post(body | ids, "/v1/completions").content, strict=True
+    )
+    assert completion.choices[0].prompt_token_ids
+    assert completion.choices[0].token_ids
     assert TokenizeAnswer.model_validate_json(served.post({"messages": messages}, "/tokenize").content, strict=True)
 
 

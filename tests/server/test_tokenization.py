@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Encoder
 
 from .conftest import Served, Servers, audio_part, text_part, user
+from .fake_engine import INFO
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/tokenize"])
@@ -24,6 +26,41 @@ def test_a_conversation_costs_what_it_will(served: Served, path: str) -> None:
     clips = [clip.num_tokens for clip in served.engine.requests[0].clips]
     assert answer["audio_tokens_per_clip"] == clips == [25, 12]
     assert (answer["max_model_len"], answer["token_strs"]) == (256, None)
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "ab"}}
+SAID = [user("Hi"), {"role": "assistant", "content": [text_part("He"), text_part("llo")]}]
+CALLED = [
+    user("Hi"),
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a", "content": "1"},
+]
+TOLD = {"messages": CALLED, "tools": [TOOL]}
+RENDERED: list[dict[str, Any]] = [
+    {"messages": CALLED},
+    TOLD,
+    TOLD | {"tool_choice": "none"},
+    TOLD | {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {"messages": SAID, "continue_final_message": True},
+    {"messages": SAID, "add_generation_prompt": False},
+]
+
+
+@pytest.fixture(scope="module")
+def roomy(servers: Servers) -> Served:
+    """With room for a list of tools."""
+    return servers.start(info=replace(INFO, max_model_len=4096))
+
+
+@pytest.mark.parametrize("body", RENDERED, ids=str)
+def test_what_renders_a_conversation_counts_too(roomy: Served, body: dict[str, Any]) -> None:
+    roomy.engine.requests.clear()
+    roomy.say("Yes.")
+    answer = roomy.post(body, "/tokenize").json()
+    assert roomy.post(body).status_code == 200
+    (request,) = roomy.engine.requests
+    assert answer["tokens"] == list(request.prompt_token_ids)
 
 
 def test_a_raw_prompt(served: Served, encoder: Encoder) -> None:
@@ -51,6 +88,14 @@ INVALID: dict[str, tuple[Any, str, str, str]] = {
     "audio beside messages": (CHAT | {"audio": []}, "/tokenize", "audio", "invalid_value"),
     "no clip for the place": ({"prompt": "<|AUDIO|>"}, "/tokenize", "audio", "audio_count_mismatch"),
     "template": (CHAT | {"chat_template": "x"}, "/tokenize", "chat_template", "unsupported_parameter"),
+    "a prompt with tools": ({"prompt": "Hi", "tools": [TOOL]}, "/tokenize", "tools", "unsupported_parameter"),
+    "a prompt to go on with": ({"prompt": "Hi", "continue_final_message": True}, "/tokenize",
+                               "continue_final_message", "unsupported_parameter"),
+    "unknown tool": (TOLD | {"tool_choice": {"type": "function", "function": {"name": "g"}}}, "/tokenize",
+                     "tool_choice.function.name", "invalid_value"),
+    "nothing to go on with": (CHAT | {"continue_final_message": True}, "/tokenize",
+                              "continue_final_message", "invalid_value"),
+    "no call before": ({"messages": CALLED[2:]}, "/tokenize", "messages[0].tool_call_id", "invalid_value"),
     "too long": ({"prompt": "word " * 400}, "/tokenize", "prompt", "context_length_exceeded"),
     "much too long": ({"prompt": "word " * 150_000}, "/tokenize", "prompt", "context_length_exceeded"),
     "bad audio": ({"messages": [user({"type": "input_audio", "input_audio": {"data": "AAAA"}})]}, "/tokenize",

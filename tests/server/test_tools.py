@@ -312,6 +312,16 @@ def test_a_limit_that_cuts_a_constrained_call(served: Served) -> None:
     assert '{"city": "Köln"}'.startswith(choice.message.tool_calls[0].function.arguments)
 
 
+def test_a_stop_string_that_cuts_a_call_does_not_pass_for_a_whole_one(served: Served) -> None:
+    served.say(f"{CALL}\n{TIME_CALL}")
+    choice = create(served, tool_choice="required", stop="Köln").choices[0]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", "Köln")
+    assert choice.message.tool_calls[0].function.arguments == '{"city": "'
+    choice = create(served, tool_choice="required", stop="</tool_call>").choices[0]
+    assert (choice.finish_reason, choice.stop_reason) == ("tool_calls", "</tool_call>")
+    assert choice.message.tool_calls[0].function.arguments == '{"city": "Köln"}'
+
+
 A_CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 INVALID = {
     "no tools": (ask(tools=[]), "tools", "empty_array"),

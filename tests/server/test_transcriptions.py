@@ -283,6 +283,13 @@ def test_refused_by_name(server: Served, name: str) -> None:
     assert not server.engine.requests
 
 
+def test_a_window_beyond_the_context_is_nobodys_prompt(served: Served) -> None:
+    error = post(served, wav(0.5, seconds=15.0)).json()["error"]
+    assert (error["param"], error["code"]) == ("file", "context_length_exceeded")
+    error = post(served, wav(0.5, seconds=15.0), prompt="Ada").json()["error"]
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+
+
 def test_a_stream_of_translation_is_refused(server: Served) -> None:
     assert post(server, path=TRANSLATIONS, stream="true").json()["error"]["param"] == "stream"
 
@@ -302,6 +309,7 @@ def test_unknown_model(server: Served) -> None:
 @pytest.mark.parametrize(("data", "code"), [
     (b"", "audio_empty"), (b"<html>", "unsupported_audio"), (ONE[:44], "audio_empty"),
     (ONE[: 44 + 2 * 320], "audio_too_short"),
+    (ONE[:44] + bytes(2 * 100), "audio_too_short"),
 ])  # fmt: skip
 def test_what_is_no_audio(server: Served, data: bytes, code: str) -> None:
     for stream in ("", "true"):

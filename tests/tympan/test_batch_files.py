@@ -42,6 +42,13 @@ def test_a_line_is_what_is_sent() -> None:
     assert json.loads(request.body) == {"messages": [], "temperature": 0.1, "seed": 2**62, "x": "é"}
 
 
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_what_may_be_asked(url: str) -> None:
+    request = parse_request(1, line(url=url))
+    assert isinstance(request, BatchRequest)
+    assert request.url == url
+
+
 @pytest.mark.parametrize(
     ("text", "code", "param", "custom_id"),
     [
