@@ -45,10 +45,10 @@ $(CLIENTS)/%/.done: tests/clients/%.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
-$(CLIENTS)/node/.done: tests/clients/package.json
-	@command -v node npm >/dev/null || { echo "The client for Node needs node and npm: install them first"; exit 1; }
-	rm -rf $(@D) && mkdir -p $(@D) && cp $< $(@D)
-	npm install --prefix $(@D) --silent --no-audit --no-fund
+$(CLIENTS)/node/.done: tests/clients/package.json tests/clients/node.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/clients/node.txt
+	cp $< $(@D) && PATH="$(abspath $(@D))/bin:$$PATH" npm install --prefix $(@D) --silent --no-audit --no-fund
 	@touch $@
 
 lint: $(VENV)/.dev ## ruff: rules and format

@@ -12,7 +12,7 @@ from server.response_builder import ResponseBuilder
 from server.streaming import EventStream, encode_event
 
 
-class ResponseStream(EventStream):
+class ResponseStream(EventStream[Delta]):
     """The streaming answer of POST /v1/responses; owns its channel."""
 
     def __init__(self, deltas: Channel[Delta], builder: ResponseBuilder, *, keep_alive_s: float | None) -> None:
@@ -22,8 +22,8 @@ class ResponseStream(EventStream):
     def _opening(self) -> bytes:
         return _encode(self._builder.begin())
 
-    def _piece(self, delta: Delta) -> bytes:
-        return _encode(self._builder.take(delta))
+    def _piece(self, item: Delta) -> bytes:
+        return _encode(self._builder.take(item))
 
     def _ending(self) -> bytes:
         return b""

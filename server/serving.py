@@ -94,7 +94,6 @@ class Serving:
             await self.begin(source),
             reply,
             usage,
-            num_choices=num_choices,
             include_usage=request.include_usage,
             keep_alive_s=self.keep_alive_s,
         )

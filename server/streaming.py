@@ -14,7 +14,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -30,6 +30,8 @@ DONE = b"data: [DONE]\n\n"
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # made once: this runs for every token
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,12 +40,11 @@ def encode_event(data: Any) -> bytes:
     return b"data: " + _to_json(data).encode() + b"\n\n"
 
 
-class EventStream(StreamingResponse, ABC):
+class EventStream(StreamingResponse, ABC, Generic[T]):
     """The streaming response of one answer; owns its channel. Its subclasses know what the events say."""
 
-    def __init__(self, deltas: Channel[Delta], *, num_choices: int = 1, keep_alive_s: float | None) -> None:
-        self._deltas = deltas
-        self._num_choices = num_choices
+    def __init__(self, items: Channel[T], *, keep_alive_s: float | None) -> None:
+        self._items = items
         self._keep_alive_s = keep_alive_s
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events(), headers=headers, media_type="text/event-stream")
@@ -52,7 +53,7 @@ class EventStream(StreamingResponse, ABC):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._deltas.aclose()
+            await self._items.aclose()
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -69,22 +70,22 @@ class EventStream(StreamingResponse, ABC):
             yield ending
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
-        num_left = self._num_choices
-        while num_left:
+        while True:
             try:
-                delta = await self._deltas.get(self._keep_alive_s)
+                item = await self._items.get(self._keep_alive_s)
             except TimeoutError:
                 yield KEEP_ALIVE
                 continue
-            yield self._piece(delta)
-            if delta.finish_reason:
-                num_left -= 1
+            except StopAsyncIteration:
+                return
+            if piece := self._piece(item):
+                yield piece
 
     @abstractmethod
     def _opening(self) -> bytes: ...
 
     @abstractmethod
-    def _piece(self, delta: Delta) -> bytes: ...
+    def _piece(self, item: T) -> bytes: ...
 
     @abstractmethod
     def _ending(self) -> bytes: ...
@@ -93,7 +94,7 @@ class EventStream(StreamingResponse, ABC):
     def _failure(self, error: ApiError) -> bytes: ...
 
 
-class ReplyStream(EventStream):
+class ReplyStream(EventStream[Delta]):
     """The stream of POST /v1/chat/completions and /v1/completions."""
 
     def __init__(
@@ -102,20 +103,19 @@ class ReplyStream(EventStream):
         reply: Reply,
         usage: Usage,
         *,
-        num_choices: int,
         include_usage: bool,
         keep_alive_s: float | None,
     ) -> None:
         self._reply = reply
         self._usage = usage
         self._include_usage = include_usage
-        super().__init__(deltas, num_choices=num_choices, keep_alive_s=keep_alive_s)
+        super().__init__(deltas, keep_alive_s=keep_alive_s)
 
     def _opening(self) -> bytes:
         return b"".join(map(self._chunk, self._reply.openings()))
 
-    def _piece(self, delta: Delta) -> bytes:
-        return self._chunk(self._reply.chunk(delta))
+    def _piece(self, item: Delta) -> bytes:
+        return self._chunk(self._reply.chunk(item))
 
     def _ending(self) -> bytes:
         return (encode_event(self._reply.usage_chunk(self._usage)) if self._include_usage else b"") + DONE

@@ -6,23 +6,18 @@ early failure keeps its true status. Whatever happens, the work is stopped first
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.channel import Channel
-from server.errors import to_api_error
-from server.logs import log_failure
+from server.errors import ApiError
 from server.multipart import Form
-from server.streaming import DONE, KEEP_ALIVE, encode_event
+from server.streaming import DONE, EventStream, encode_event
 from server.transcriber import Segment, Transcriber, Transcription
 from server.transcription_form import TranscriptionForm, parse_transcription
 from server.transcripts import delta_event, done_event, whole
-
-logger = logging.getLogger(__name__)
 
 
 async def transcribe(transcriber: Transcriber, form: Form, model: type[TranscriptionForm]) -> Response:
@@ -63,7 +58,7 @@ async def _collect(transcription: Transcription) -> Response:
     return whole(transcription, "".join(text), segments)
 
 
-class TranscriptStream(StreamingResponse):
+class TranscriptStream(EventStream[str | Segment]):
     """transcript.text.delta events, one transcript.text.done, [DONE]. Owns the channel and the upload."""
 
     def __init__(
@@ -74,35 +69,27 @@ class TranscriptStream(StreamingResponse):
         keep_alive_s: float | None,
     ) -> None:
         self._transcription = transcription
-        self._pieces = pieces
         self._form = form
-        self._keep_alive_s = keep_alive_s
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self._events(), headers=headers, media_type="text/event-stream")
+        self._text: list[str] = []
+        super().__init__(pieces, keep_alive_s=keep_alive_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._pieces.aclose()
             self._form.close()
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        text: list[str] = []
-        try:
-            while True:
-                try:
-                    piece = await self._pieces.get(self._keep_alive_s)
-                except TimeoutError:
-                    yield KEEP_ALIVE
-                    continue
-                except StopAsyncIteration:
-                    break
-                if isinstance(piece, str):
-                    text.append(piece)
-                    yield encode_event(delta_event(piece))
-            yield encode_event(done_event("".join(text), self._transcription.usage))
-        except Exception as error:
-            log_failure(logger, "a transcription failed after it had begun", error)
-            yield encode_event(to_api_error(error).envelope())
-        yield DONE
+    def _opening(self) -> bytes:
+        return b""
+
+    def _piece(self, item: str | Segment) -> bytes:
+        if isinstance(item, Segment):
+            return b""
+        self._text.append(item)
+        return encode_event(delta_event(item))
+
+    def _ending(self) -> bytes:
+        return encode_event(done_event("".join(self._text), self._transcription.usage)) + DONE
+
+    def _failure(self, error: ApiError) -> bytes:
+        return encode_event(error.envelope()) + DONE

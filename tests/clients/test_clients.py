@@ -77,7 +77,8 @@ def test_openai_for_node(bundled_server: ServerProcess) -> None:
     package = installed(CLIENTS / "node" / "node_modules" / "openai" / "package.json")
     assert json.loads(package.read_text(encoding="utf-8"))["version"].startswith("7.")
     # beside node_modules: that is where imports are looked for
-    check(run(bundled_server, "openai for Node", "node", file=CLIENTS / "node" / "program.js"))
+    node = CLIENTS / "node" / "bin" / "node"
+    check(run(bundled_server, "openai for Node", str(node), file=CLIENTS / "node" / "program.js"))
 
 
 def test_curl(bundled_server: ServerProcess, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ DOCUMENT = make_document(router.routes, has_keys=False)
 VALID: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
     "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [1]},
 }
@@ -38,8 +39,6 @@ soundfile.write(WAV, np.sin(np.arange(8_000) / 9) / 9, 16_000, format="WAV")
 SAMPLES: dict[str, Any] = {
     "boolean": True, "integer": 3, "number": 1.5, "string": "x" * 10_000, "array": [[]], "object": {"x": {}},
 }  # fmt: skip
-ITEMS: dict[str | None, Any] = {"string": "x", "array": [1]}
-"""What a list that is too long holds, so that no other kind of list takes it."""
 MAX_ANSWER_BYTES = 8192
 TWO_GB = 2 << 30
 
@@ -63,14 +62,14 @@ def bad_values(schema: dict[str, Any]) -> Iterator[Any]:
     types = {branch["type"] for branch in taken}
     types |= {"integer"} if "number" in types else set()
     yield from (value for name, value in SAMPLES.items() if name not in types)
+    lengths = [branch.get("maxItems") for branch in taken if branch["type"] == "array"]
+    if lengths and None not in lengths:  # else a longer list fits another branch
+        yield [1] * (max(lengths) + 1)
     for branch in taken:
         if "minimum" in branch:
             yield from (branch["minimum"] - 1, -(10**20))
         if "maximum" in branch:
             yield from (branch["maximum"] + 1, 10**20)
-        if branch["type"] == "array" and "maxItems" in branch:
-            item = ITEMS.get(branch["items"].get("type"), 1)
-            yield [item] * (branch["maxItems"] + 1)
         if branch["type"] == "array" and branch.get("minItems"):
             yield []
         if "enum" in branch or "const" in branch:
