@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from tests.reference import Reference, build
 
 torch.set_num_threads(1)  # the models are tiny, and the machine is shared
+
+# A shell that starts the suite in the background ignores Ctrl-C for it, and so for every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
