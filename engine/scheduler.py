@@ -215,10 +215,11 @@ class Scheduler:
     def _admit_waiting(self, step: _Step) -> None:
         """Start waiting sequences until one does not fit, past those whose prompt another is computing."""
         computing: str | None = None
-        for sequence in self.waiting.copy():
-            if len(self.running) >= self.max_num_seqs:
-                return
+        place = 0  # in line: those before it are passed over
+        while place < len(self.waiting) and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[place]
             if sequence.request_id == computing:
+                place += 1
                 continue
             donor = None
             if not sequence.block_table:  # else it has kept the prompt's blocks
@@ -226,6 +227,7 @@ class Scheduler:
                 donor = next(filter(_has_prompt, running), None)
                 if running and donor is None:
                     computing = sequence.request_id
+                    place += 1
                     continue
             if not self._admit(sequence, donor, step):
                 return
