@@ -6,7 +6,7 @@ Shapes only: server/media.py hears the audio. Tags of unions are written `<so>`,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
@@ -74,6 +74,7 @@ class TemplateAudioPart(StrictModel):
 class UnknownPart(StrictModel):
     """Any other part: always refused, by the name of its type."""
 
+    supported: ClassVar[str] = "text, input_audio and audio_url"
     type: JsonValue = None
 
     @model_validator(mode="after")
@@ -81,7 +82,7 @@ class UnknownPart(StrictModel):
         if self.type is None:
             raise refused("type", "A content part needs a 'type'.", "missing_required_parameter")
         name = repr(self.type[:40]) if isinstance(self.type, str) else "that"
-        message = f"Content parts of type {name} are not supported; text, input_audio and audio_url are."
+        message = f"Content parts of type {name} are not supported; {self.supported} are."
         raise refused("type", message, "invalid_value")
 
 

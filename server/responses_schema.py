@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from server.constraints import JsonObjectFormat, NamedSchema, SchemaValue, TextFormat, UnknownFormat
-from server.content_parts import AudioUrlPart, InputAudioPart, TemplateAudioPart
+from server.content_parts import AudioUrlPart, InputAudioPart, TemplateAudioPart, UnknownPart
 from server.parameters import REFUSED_IN_RESPONSES, refused
 from server.schema import Count, GenerationRequest
 from server.strict_model import MAX_ITEMS, StrictModel
@@ -51,18 +51,10 @@ class InputTextPart(StrictModel):
     text: str
 
 
-class UnknownInputPart(StrictModel):
+class UnknownInputPart(UnknownPart):
     """Any other part: always refused, by the name of its type."""
 
-    type: JsonValue = None
-
-    @model_validator(mode="after")
-    def _refuse(self) -> Self:
-        if self.type is None:
-            raise refused("type", "A content part needs a 'type'.", "missing_required_parameter")
-        name = repr(self.type[:40]) if isinstance(self.type, str) else "that"
-        message = f"Content parts of type {name} are not supported; input_text, input_audio and audio_url are."
-        raise refused("type", message, "invalid_value")
+    supported = "input_text, input_audio and audio_url"
 
 
 InputPart = Annotated[

@@ -143,9 +143,12 @@ def test_one_long_sequence_beside_short_ones() -> None:
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
 
 
-def test_bfloat16_stays_near_the_oracle() -> None:
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bfloat16_stays_near_the_oracle(cache_dtype: torch.dtype) -> None:
+    """With keys and values kept in float32 too, as a CPU does."""
     query, key, value, cache, everything, metadata = make_step(CASES[-1], (4, 2), 0.0)
-    out = ReferenceBackend().decode(*(x.bfloat16() for x in (query, key, value, cache)), metadata)
+    step = (x.bfloat16() for x in (query, key, value))
+    out = ReferenceBackend().decode(*step, cache.to(cache_dtype), metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=0.05, rtol=0.05)
