@@ -74,7 +74,7 @@ def _random_tensors(
     config: Qwen2AudioConfig, dtype: torch.dtype, seed: int, num_text_tokens: int
 ) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Qwen2Audio(config, select_backend("reference")[0]).named_parameters()}
+        shapes = {name: p.shape for name, p in Qwen2Audio(config, select_backend("reference", torch.device("cpu"))[0]).named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, target in name_table(config).items():

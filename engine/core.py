@@ -40,6 +40,7 @@ from model.config import (
     num_audio_tokens,
 )
 from model.errors import ModelError
+from model.linear import pack_linears
 from model.loader import Progress, load_model
 
 logger = logging.getLogger(__name__)
@@ -209,9 +210,11 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
-    backend, attention_reason = select_backend(args.attention_backend)
+    backend, attention_reason = select_backend(args.attention_backend, device)
     max_model_len = _context_length(args, config)
     model = load_model(folder, config, backend, dtype, device, progress)
+    if device.type == "cpu" and dtype != torch.float16:
+        pack_linears(model)
     block_size = backend.block_sizes[0]
     num_blocks = num_kv_blocks(args, model, block_size, max_model_len)
     max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,11 +45,10 @@ class ModelRunner:
         self.model = model
         self.guidance = guidance
         self.block_size = block_size
-        weight = model.lm_head.weight
-        self.device = weight.device
-        dtype = kv_cache_dtype(weight.dtype, weight.device)
-        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, weight.device)
-        self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, weight.device)
+        self.device = model.device
+        dtype = kv_cache_dtype(model.dtype, self.device)
+        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, self.device)
+        self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, self.device)
         self._clips: dict[str, Tensor] = {}
         """Content hash -> embeddings [A, C]."""
 
@@ -85,6 +85,7 @@ class ModelRunner:
             block_table=self._to_device(batch.block_table),
             slot_mapping=self._to_device(batch.slot_mapping),
             seq_lens_device=torch.tensor(batch.seq_lens, device=self.device),
+            query_starts=torch.tensor(list(accumulate(batch.query_lens, initial=0)), device=self.device),
         )
         hidden = self.model(hidden, self._to_device(batch.positions), self.kv_cache, metadata)
         return hidden[self._to_device(batch.sample_rows)]
