@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,8 +40,8 @@ from model.config import (
     Qwen2AudioConfig,
     num_audio_tokens,
 )
+from model.cpu import compile_kernels, prepare_for_cpu
 from model.errors import ModelError
-from model.linear import pack_linears
 from model.loader import Progress, load_model
 
 logger = logging.getLogger(__name__)
@@ -212,9 +213,15 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
     backend, attention_reason = select_backend(args.attention_backend, device)
     max_model_len = _context_length(args, config)
-    model = load_model(folder, config, backend, dtype, device, progress)
-    if device.type == "cpu" and dtype != torch.float16:
-        pack_linears(model)
+    if args.quantization == "int8" and device.type != "cpu":
+        raise EngineStartError("--quantization int8 is for --device cpu")
+    with ThreadPoolExecutor(1) as compiler:
+        if device.type == "cpu":
+            compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0])
+        model = load_model(folder, config, backend, dtype, device, progress)
+    if device.type == "cpu":
+        compiled.result()
+        prepare_for_cpu(model, int8=args.quantization == "int8")
     block_size = backend.block_sizes[0]
     num_blocks = num_kv_blocks(args, model, block_size, max_model_len)
     max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)

@@ -131,9 +131,7 @@ class EncoderLayer(nn.Module):
     def forward(self, hidden: Tensor, metadata: EncoderMetadata) -> Tensor:
         """hidden: [E, C] -> [E, C]."""
         query, key, value = self._heads(hidden)
-        return self._feed_forward(
-            self.out_proj(self.backend.encode(query, key, value, metadata).flatten(1), hidden)
-        )
+        return self._feed_forward(self.out_proj(self.backend.encode(query, key, value, metadata).flatten(1), hidden))
 
     def forward_masked(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Dense attention over one window. hidden: [E, C], mask: bool [E], false where padding -> [E, C]."""

@@ -6,6 +6,7 @@ together (`qkv_proj`, `gate_up_proj`); the loader knows how the published tensor
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ class SelfAttention(nn.Module):
         """x, residual: [T, C] -> [T, C], the residual added."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
         turning, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        query, key = apply_rotary(turning, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
+        query, key = torch.split(apply_rotary(turning, cos, sin), [self.num_heads, self.num_kv_heads], dim=1)
         out = self.backend.decode(query, key, value, kv_layer, metadata)
         return self.o_proj(out.flatten(1), residual)
 

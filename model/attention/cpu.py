@@ -65,10 +65,10 @@ class CpuBackend(ReferenceBackend):
         if query.dtype != torch.bfloat16:
             return super().encode(query, key, value, metadata)
         out = torch.empty_like(query)
-        clips = zip(*(x.split(list(metadata.lens)) for x in (query, key, value, out)), strict=True)
+        clips = zip(*(torch.split(x, list(metadata.lens)) for x in (query, key, value, out)), strict=True)
         for q, k, v, o in clips:
             num_heads = max(1, MAX_SCORES // q.shape[0] ** 2)
-            heads = zip(*(x.split(num_heads, dim=1) for x in (q, k, v, o)), strict=True)
+            heads = zip(*(torch.split(x, num_heads, dim=1) for x in (q, k, v, o)), strict=True)
             for group in heads:
                 _attend_heads(*group)
         return out

@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, cfunc, from_dtype, njit, types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from model.openmp import parallel_region, pointer, take_next
+from model.compiled import float_of_bits, parallel_region, pointer, take_next
 
 ARGUMENTS = np.dtype(
     [
@@ -91,7 +89,8 @@ class PagedAttention:
 def _num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
     """As few as give every thread an item: a divisor of the KV heads."""
     return next(
-        (n for n in range(1, num_kv_heads) if num_kv_heads % n == 0 and n * num_sequences >= num_threads), num_kv_heads
+        (n for n in range(1, num_kv_heads) if num_kv_heads % n == 0 and n * num_sequences >= num_threads),
+        num_kv_heads,
     )
 
 
@@ -101,7 +100,7 @@ def _compile(head_dim: int, block_size: int) -> int:
     score, total = _score_kernel(head_dim, block_size), _sum_kernel(head_dim, block_size)
     scale = np.float32(LOG2_E / np.sqrt(head_dim))
 
-    @cfunc(types.void(types.CPointer(from_dtype(ARGUMENTS))))  # type: ignore[untyped-decorator]
+    @cfunc(types.void(types.CPointer(from_dtype(ARGUMENTS))))
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
         width, kv_width = a.num_heads * head_dim, a.num_kv_heads * head_dim
@@ -136,7 +135,7 @@ def _compile(head_dim: int, block_size: int) -> int:
 
 
 def _score_kernel(head_dim: int, block_size: int) -> Any:
-    @njit(fastmath=REASSOCIATE, error_model="numpy")  # type: ignore[untyped-decorator]
+    @njit(fastmath=REASSOCIATE, error_model="numpy")
     def score(
         query: Any, keys: Any, width: int, shift: int, blocks: Any, length: int, group: int, scores: Any
     ) -> None:
@@ -156,7 +155,7 @@ def _score_kernel(head_dim: int, block_size: int) -> Any:
 
 
 def _sum_kernel(head_dim: int, block_size: int) -> Any:
-    @njit(fastmath=REASSOCIATE, error_model="numpy")  # type: ignore[untyped-decorator]
+    @njit(fastmath=REASSOCIATE, error_model="numpy")
     def total(
         weights: Any, values: Any, width: int, shift: int, blocks: Any, length: int, group: int, out: Any
     ) -> None:
@@ -175,7 +174,7 @@ def _sum_kernel(head_dim: int, block_size: int) -> Any:
     return total
 
 
-@njit(fastmath=REASSOCIATE, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(fastmath=REASSOCIATE, error_model="numpy")
 def _softmax(scores: Any, scale: Any) -> None:
     """In place: 2^(scale (score - largest)), then normalised."""
     largest = _largest(scores)
@@ -187,7 +186,7 @@ def _softmax(scores: Any, scale: Any) -> None:
         scores[i] /= total
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True)
 def _largest(scores: Any) -> Any:
     """Whatever it gives where a score is NaN: the softmax is NaN then in any case."""
     largest = scores[0]
@@ -196,7 +195,7 @@ def _largest(scores: Any) -> Any:
     return largest
 
 
-@njit(fastmath=REASSOCIATE, inline="always")  # type: ignore[untyped-decorator]
+@njit(fastmath=REASSOCIATE, inline="always")
 def _exp2(x: Any) -> Any:
     """2^x for x <= 0, in a form that vectorises; NaN for NaN, about 1e-38 for anything below -126."""
     x = np.float32(-126) if x < np.float32(-126) else x
@@ -210,14 +209,4 @@ def _exp2(x: Any) -> Any:
     power = power * r + EXP2[2]
     power = power * r + EXP2[1]
     power = power * r + EXP2[0]
-    return power * _float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
-
-
-@intrinsic
-def _float_of_bits(_typing: Any, _bits: Any) -> Any:
-    """An int32's bits as a float32."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
+    return power * float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from model.attention.base import AttentionBackend
+from model.attention.cpu import CpuBackend
 from model.attention.reference import ReferenceBackend
+from model.compiled import parallel_region
 from model.errors import ConfigError
 
 
@@ -17,8 +19,6 @@ def select_backend(name: str, device: torch.device) -> tuple[AttentionBackend, s
         return ReferenceBackend(), "asked for"
     problem = _cpu_problem(device)
     if problem is None:
-        from model.attention.cpu import CpuBackend  # brings a compiler with it
-
         return CpuBackend(), "asked for" if name == "cpu" else "compiled for this CPU"
     if name == "cpu":
         raise ConfigError(f"attention backend 'cpu' is not available: {problem}")
@@ -29,6 +29,4 @@ def _cpu_problem(device: torch.device) -> str | None:
     """Why the compiled CPU kernel cannot run. None when it can."""
     if device.type != "cpu":
         return f"no kernel for {device.type} has been built so far"
-    from model.openmp import parallel_region
-
     return None if parallel_region() else "this build of torch does not use GCC's OpenMP runtime"

@@ -226,6 +226,7 @@ def test_clips_in_bfloat16_are_nearly_as_near_to_the_oracle_as_torch_brings_them
     parts = zip(*(x.split(list(lens)) for x in (query, key, value)), strict=True)
     expected = torch.cat([dense(q, k, v, causal=False) for q, k, v in parts])
     errors = [
-        (backend().encode(query, key, value, EncoderMetadata(lens)).double() - expected).norm() for backend in BACKENDS
+        (backend().encode(query, key, value, EncoderMetadata(lens)).double() - expected).norm()
+        for backend in BACKENDS
     ]
     assert errors[1] < 3 * errors[0]

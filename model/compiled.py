@@ -1,4 +1,4 @@
-"""Compiled functions on torch's own OpenMP threads. CPU only.
+"""What kernels compiled by numba share: torch's own OpenMP threads, addresses, bits of floats. CPU only.
 
 A kernel of ours must not bring threads of its own: two pools on the same cores wait for each other. GCC's OpenMP
 runtime, which torch ships and its operators use, starts a parallel region by `GOMP_parallel(function, argument,
@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -31,7 +32,7 @@ def parallel_region() -> ParallelRegion | None:
         function = ctypes.CDLL(str(path)).GOMP_parallel
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         function.restype = None
-        return function  # type: ignore[no-any-return]
+        return function
     return None
 
 
@@ -54,3 +55,37 @@ def take_next(_typing: Any, _address: Any) -> Any:
         return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def float_of_bits(_typing: Any, _bits: Any) -> Any:
+    """An int32's bits as a float32."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def bits_of_float(_typing: Any, _value: Any) -> Any:
+    """A float32's bits as an int32."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@njit(inline="always")
+def widen(bits: Any) -> Any:
+    """A bfloat16, as an int16 of its bits -> float32."""
+    return float_of_bits(np.int32(bits) << np.int32(16))
+
+
+@njit(inline="always")
+def narrow(value: Any) -> Any:
+    """A float32 -> the nearest bfloat16 (ties to even), as an int16 of its bits."""
+    bits = bits_of_float(value)
+    nearest = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+    return np.int16(nearest) if value == value else np.int16(0x7FC0)
