@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -34,6 +34,28 @@ def parallel_region() -> ParallelRegion | None:
         function.restype = None
         return function
     return None
+
+
+REASSOCIATE = {"reassoc", "contract", "arcp", "nsz"}
+"""Liberties that let sums be vectorised, and leave NaN and infinities alone."""
+
+
+def compile_region(arguments: np.dtype[Any]) -> Callable[[Callable[[Any], None]], int]:
+    """Decorator: a function of a pointer to `arguments` -> the address of its machine code.
+
+    What it closes over is constant to the compiler: plain numbers only, so that the code can be kept. It is, beside
+    the sources or in the user's cache folder (numba's rules), and compiled anew where neither can be written.
+    """
+
+    def decorate(function: Callable[[Any], None]) -> int:
+        signature = types.void(types.CPointer(from_dtype(arguments)))
+        try:
+            compiled = cfunc(signature, cache=True, fastmath=REASSOCIATE)(function)
+        except RuntimeError:  # "cannot cache function: no locator available"
+            compiled = cfunc(signature, fastmath=REASSOCIATE)(function)
+        return int(compiled.address)
+
+    return decorate
 
 
 @intrinsic

@@ -58,7 +58,7 @@ class Linear(nn.Linear):
             out = F.gelu(out) if self.gelu else out
             return out if residual is None else residual + out
         if residual is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, residual, self._packed, self.bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.default(
             x, self._packed, self.bias, "gelu" if self.gelu else "none", [], "none"
         )

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, from_dtype, types
+from numba import carray
 from torch import Tensor
 
-from model.compiled import narrow, parallel_region, pointer, take_next, widen
+from model.compiled import compile_region, narrow, parallel_region, pointer, take_next, widen
 
 ARGUMENTS = np.dtype(
     [
@@ -42,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _compile() -> int:
     """-> address of a C function that takes a pointer to ARGUMENTS."""
 
-    @cfunc(types.void(types.CPointer(from_dtype(ARGUMENTS))), fastmath={"reassoc", "contract"})
+    @compile_region(ARGUMENTS)
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
         x = carray(pointer(a.x), (a.num_rows, a.width), np.int16)
@@ -62,4 +62,4 @@ def _compile() -> int:
                     normal = widen(narrow(widen(x[row, i]) * scale))
                     out[row, i] = narrow(widen(weight[i]) * normal)
 
-    return int(region.address)
+    return region

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, njit
 from torch import Tensor
 
-from model.compiled import float_of_bits, parallel_region, pointer, take_next
+from model.compiled import REASSOCIATE, compile_region, float_of_bits, parallel_region, pointer, take_next
 
 ARGUMENTS = np.dtype(
     [
@@ -32,9 +32,7 @@ ARGUMENTS = np.dtype(
 )
 """What a parallel region works on: sizes, the addresses of the arrays, and those of the two counters."""
 
-REASSOCIATE = {"reassoc", "contract", "arcp", "nsz"}
-"""Liberties that let sums be vectorised, and leave NaN and infinities alone."""
-LOG2_E = np.float32(1.4426950408889634)
+LOG2_E = 1.4426950408889634
 EXP2 = tuple(np.float32(np.log(2.0) ** n / np.prod(np.arange(1.0, n + 1))) for n in range(8))
 """Taylor coefficients of 2^x around 0: good to 1e-7 on [-1/2, 1/2]."""
 
@@ -97,10 +95,9 @@ def _num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
 @cache
 def _compile(head_dim: int, block_size: int) -> int:
     """-> address of a C function that takes a pointer to ARGUMENTS. Both sizes are constants to the compiler."""
-    score, total = _score_kernel(head_dim, block_size), _sum_kernel(head_dim, block_size)
-    scale = np.float32(LOG2_E / np.sqrt(head_dim))
+    scale = LOG2_E / head_dim**0.5
 
-    @cfunc(types.void(types.CPointer(from_dtype(ARGUMENTS))))
+    @compile_region(ARGUMENTS)
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
         width, kv_width = a.num_heads * head_dim, a.num_kv_heads * head_dim
@@ -122,56 +119,69 @@ def _compile(head_dim: int, block_size: int) -> int:
             row, group = item // a.num_groups, item % a.num_groups
             first = group * heads * head_dim
             shift = group * kv_heads * head_dim
+            blocks, group_size = block_table[row], heads // kv_heads
             for token in range(query_starts[row], query_starts[row + 1]):
                 length = seq_lens[row] - (query_starts[row + 1] - 1 - token)
                 q = query[token, first : first + heads * head_dim]
                 o = out[token, first : first + heads * head_dim]
-                score(q, kv[0], kv_width, shift, block_table[row], length, heads // kv_heads, scratch)
+                _score(q, kv[0], kv_width, shift, blocks, length, group_size, scratch, head_dim, block_size)
                 for head in range(heads):
-                    _softmax(scratch[head, :length], scale)
-                total(scratch, kv[1], kv_width, shift, block_table[row], length, heads // kv_heads, o)
+                    _softmax(scratch[head, :length], np.float32(scale))
+                _sum(scratch, kv[1], kv_width, shift, blocks, length, group_size, o, head_dim, block_size)
 
-    return int(region.address)
-
-
-def _score_kernel(head_dim: int, block_size: int) -> Any:
-    @njit(fastmath=REASSOCIATE, error_model="numpy")
-    def score(
-        query: Any, keys: Any, width: int, shift: int, blocks: Any, length: int, group: int, scores: Any
-    ) -> None:
-        """scores[head, i] = query[head] . keys[i]."""
-        for i in range(length):
-            token = (blocks[i // block_size] * block_size + i % block_size) * width + shift
-            for head in range(scores.shape[0]):
-                start = token + head // group * head_dim
-                key = keys[start : start + head_dim]
-                q = query[head * head_dim : (head + 1) * head_dim]
-                dot = np.float32(0)
-                for d in range(head_dim):
-                    dot += q[d] * key[d]
-                scores[head, i] = dot
-
-    return score
+    return region
 
 
-def _sum_kernel(head_dim: int, block_size: int) -> Any:
-    @njit(fastmath=REASSOCIATE, error_model="numpy")
-    def total(
-        weights: Any, values: Any, width: int, shift: int, blocks: Any, length: int, group: int, out: Any
-    ) -> None:
-        """out[head] = sum over i of weights[head, i] values[i]."""
-        out[:] = 0
-        for i in range(length):
-            token = (blocks[i // block_size] * block_size + i % block_size) * width + shift
-            for head in range(weights.shape[0]):
-                start = token + head // group * head_dim
-                value = values[start : start + head_dim]
-                o = out[head * head_dim : (head + 1) * head_dim]
-                weight = weights[head, i]
-                for d in range(head_dim):
-                    o[d] += weight * value[d]
+@njit(fastmath=REASSOCIATE, error_model="numpy")
+def _score(
+    query: Any,
+    keys: Any,
+    width: int,
+    shift: int,
+    blocks: Any,
+    length: int,
+    group: int,
+    scores: Any,
+    head_dim: int,
+    block_size: int,
+) -> None:
+    """scores[head, i] = query[head] . keys[i]."""
+    for i in range(length):
+        token = (blocks[i // block_size] * block_size + i % block_size) * width + shift
+        for head in range(scores.shape[0]):
+            start = token + head // group * head_dim
+            key = keys[start : start + head_dim]
+            q = query[head * head_dim : (head + 1) * head_dim]
+            dot = np.float32(0)
+            for d in range(head_dim):
+                dot += q[d] * key[d]
+            scores[head, i] = dot
 
-    return total
+
+@njit(fastmath=REASSOCIATE, error_model="numpy")
+def _sum(
+    weights: Any,
+    values: Any,
+    width: int,
+    shift: int,
+    blocks: Any,
+    length: int,
+    group: int,
+    out: Any,
+    head_dim: int,
+    block_size: int,
+) -> None:
+    """out[head] = sum over i of weights[head, i] values[i]."""
+    out[:] = 0
+    for i in range(length):
+        token = (blocks[i // block_size] * block_size + i % block_size) * width + shift
+        for head in range(weights.shape[0]):
+            start = token + head // group * head_dim
+            value = values[start : start + head_dim]
+            o = out[head * head_dim : (head + 1) * head_dim]
+            weight = weights[head, i]
+            for d in range(head_dim):
+                o[d] += weight * value[d]
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")
