@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LLAMA_CPP_TOKEN_S = 0.0043
-"""llama.cpp 11434 (llama-server, bfloat16, 2 threads), one stream, the checkpoint of this size on two cores of an AMD
+"""llama.cpp 11434 (llama-server, bfloat16, 2 threads), one stream, a checkpoint of this size, two cores of an AMD
 EPYC with avx512_bf16; not measured by this script."""
 
 RELATIONS = {">=": operator.ge, "<=": operator.le}

@@ -2,15 +2,16 @@
 
     python -m benchmarks.compare [--venv .peers/vllm] [--rounds 2] [--output FILE]
 
-Our server and vLLM run one after the other, never both, with the same precision, context, number of sequences and room
-for keys and values, and both with every core. Rounds go ours, vLLM, vLLM, ours, …: what drifts on the machine meets both. In a
-round each server gets the same bytes, clips that nobody has seen before, from a closed loop of 1, 4 and 16 clients
-(`benchmarks.load`); a warm-up comes first. Resident memory is the peak of a load of its own that is not timed.
+Our server and vLLM run one after the other, never both, with the same precision, context, number of sequences and
+room for keys and values, and both with every core. Rounds go ours, vLLM, vLLM, ours, …: what drifts on the machine
+meets both. In a round each server gets the same bytes, clips that nobody has seen before, from a closed loop of 1, 4
+and 16 clients (`benchmarks.load`); a warm-up comes first. Resident memory is the peak of a load of its own that is
+not timed.
 transformers answers static batches in `benchmarks.offline`, in a process of its own, beside our engine without HTTP.
 The figures of a cell are medians over its rounds. The bar (`benchmarks.bar`) is printed, and is in the document.
 
-Processor time over wall time and cores tells whether the machine was quiet: below 0.9 at 16 at once something else ran, or
-the server left a core idle.
+Processor time over wall time and cores tells whether the machine was quiet: below 0.9 at 16 at once something else
+ran, or the server left a core idle.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def notes(document: dict[str, Any]) -> Iterator[str]:
     """What a reader of the figures has to know."""
     kv = document["settings"]["kv_cache_gib"]
     yield f"memory: {document['memory_measure'].upper()} summed over each server's processes, peak at 16 at once"
-    yield f"vLLM touches its {kv} GiB for keys and values at the start; ours has the same room and touches what it uses"
+    yield f"vLLM touches its {kv} GiB for keys and values at the start, ours, with the same room, what it uses"
     yield "llama.cpp is no wheel and is not run: its 4.3 ms per token are a measured constant (benchmarks/bar.py)"
     if document["checkpoint"]["dtype"] != "bfloat16":
         yield "this CPU has no native bfloat16: all sides run in float32"

@@ -3,9 +3,10 @@
     python -m benchmarks.offline [--size small] [--dtype bfloat16] [--requests 1 16] [--clip-seconds 10 2]
 
 Each side gets all requests at once, waits for the last answer and is timed over `--repeats` rounds after a warm-up;
-the median counts. transformers runs the batch the way its users do: processor, left padding, `generate`. Ours runs
-through the engine's client, in its own process, samples crossing the border. Clips differ from each other and from
-round to round, so no cache helps anybody. A batch's first token is timed where `generate` asks whether to stop. End of sequence is ignored: every request gets `--output-tokens` tokens.
+the median counts. transformers runs the batch the way its users do: processor, left padding, `generate`; its first
+tokens are timed where `generate` asks whether to stop. Ours runs through the engine's client, in its own process,
+samples crossing the border. Clips differ from each other and from round to round, so no cache helps anybody. End of
+sequence is ignored: every request gets `--output-tokens` tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Servers that are measured: how each is started, when it is ready, what it takes. Linux.
 
-One at a time, in a session of its own, in the same environment; whoever starts one ends it. Resident memory is the sum
-over the process and all its children, as PSS (pages that several processes share are counted once) and as RSS (each
-process counts them). It knows nothing about requests.
+One at a time, in a session of its own, in the same environment; whoever starts one ends it. Resident memory is the
+sum over the process and all its children, as PSS (pages that several processes share are counted once) and as RSS
+(each process counts them). It knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 START_LIMIT_S = 300.0
 END_LIMIT_S = 30.0
+CHILDREN_END_LIMIT_S = 2.0
 POLL_S = 0.02
 SAMPLE_S = 0.25
 
@@ -161,14 +162,15 @@ def running(recipe: Recipe, start_limit_s: float = START_LIMIT_S) -> Iterator[Ru
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to end, then kill what is left of it and its children."""
+    """Ask a process to end its children and itself, then kill what is left of them."""
     try:
         root = psutil.Process(process.pid)
         tree = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
     process.terminate()
-    _, alive = psutil.wait_procs(tree, END_LIMIT_S)
+    psutil.wait_procs(tree[:1], END_LIMIT_S)
+    _, alive = psutil.wait_procs(tree, CHILDREN_END_LIMIT_S)
     for one in alive:
         one.kill()
     process.wait()
