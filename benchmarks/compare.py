@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,7 @@ def report(lines: Iterable[bar.Line], remarks: Iterable[str]) -> None:
         print(text)
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=DEFAULT_VENV, help="where vLLM is installed")
@@ -232,7 +232,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of each server's computing; default: every core")
     parser.add_argument("--extra", default="", help="more options for our server, in one string")
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Compare as the command line says."""
+    args = parse()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, which ends the servers
     finish(run(args), args.output)
 

@@ -35,9 +35,8 @@ class Part:
 
 
 PARTS = (
-    Part("compare", "compare", 420),
-    Part("long_file", "long_file --minutes 3", 90),
-    Part("grammar", "grammar cost --repeats 3", 60),
+    Part("compare", "compare", 480),
+    Part("long_file", "long_file --minutes 3", 60),
 )
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from typing import Any
 
 import psutil
 import pytest
 
-from benchmarks.compare import FIGURES, compare_cell, drive, visits
+from benchmarks import compare
+from benchmarks.compare import FIGURES, cells_of, compare_cell, drive, parse, run, visits
 from benchmarks.make_checkpoint import BUNDLED
+from benchmarks.picture import draw
 from benchmarks.servers import Recipe, running, tympan
+from tests.benchmarks.documents import comparison
 
 
 def test_rounds_alternate_and_a_server_stays_up_where_it_is_next_again() -> None:
@@ -33,13 +38,13 @@ def test_our_server_is_driven_weighed_and_ended() -> None:
     recipe = tympan(BUNDLED, "float32", kv_gib=1, threads=1)
     with running(recipe) as server:
         with server.peak_memory() as peak:
-            run = drive(server, (0.5, 2), requests=4, tokens=5, seed=7)
+            figures = drive(server, (0.5, 2), requests=4, tokens=5, seed=7)
         with pytest.raises(RuntimeError, match="2 of 2 requests failed"):
             drive(server, (0.001, 1), requests=2, tokens=5, seed=7)
         processes = psutil.Process().children(recursive=True)
         cpu_s = server.cpu_seconds()
-    assert 0 < run["ttft_s"] < run["wall_s"]
-    assert run["requests_per_s"] * run["wall_s"] == pytest.approx(4)
+    assert 0 < figures["ttft_s"] < figures["wall_s"]
+    assert figures["requests_per_s"] * figures["wall_s"] == pytest.approx(4)
     assert peak.rss > 1 << 27
     assert peak.pss is None or peak.pss <= peak.rss
     assert cpu_s > 0
@@ -61,3 +66,36 @@ def test_a_server_that_is_never_ready_is_ended() -> None:
     with pytest.raises(RuntimeError, match="slow did not start"), running(recipe, start_limit_s=0.5):
         pass
     assert psutil.Process().children() == before
+
+
+@pytest.mark.parametrize("installed", ["0.32.0+cpu", None])
+def test_the_document_has_every_cell_the_bar_and_what_was_skipped(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None
+) -> None:
+    def life(args: argparse.Namespace, recipe: Recipe, rounds: list[int]) -> dict[str, Any]:
+        speed = 4.0 if recipe.name == "tympan" else 2.0
+        run = {**dict.fromkeys(FIGURES, speed), "ttft_s": 1 / speed, "prompt_tokens": 299}
+        sizes = {"pss": int(100 / speed), "rss": 200}
+        memory = {"fresh": sizes, "under_load": sizes}
+        return {"ready_s": speed, **memory, "runs": {cell: [run] * len(rounds) for cell in cells_of(args)}}
+
+    rows = comparison()["offline"]
+    monkeypatch.setattr(compare, "visit", life)
+    monkeypatch.setattr(compare, "offline", lambda *_: rows)
+    monkeypatch.setattr(compare, "write_checkpoint", lambda *_: 63_000_000)
+    monkeypatch.setattr(compare, "installed_version", lambda _: installed)
+    document = run(parse(["--rounds", "2"]))
+    assert [(cell["clip_seconds"], cell["concurrency"], cell["requests"]) for cell in document["cells"]] == [
+        *((10.0, 1, 6), (10.0, 4, 8), (10.0, 16, 32)),
+        *((2.0, 1, 6), (2.0, 4, 8), (2.0, 16, 32)),
+    ]
+    assert all(len(cell["tympan"]["rounds"]) == 2 for cell in document["cells"])
+    holds = [line["holds"] for line in document["bar"]]
+    if installed:
+        assert document["servers"]["vllm"]["memory_bytes"] == 50
+        assert holds == [True, True, False, False, True, False, False, True, True, False, True]
+        assert document["skipped"] == []
+    else:
+        assert holds == [None] * 7 + [True, True, False, True]
+        assert document["skipped"] == ["vllm: not installed (make peers)"]
+    assert draw({**document, "date": "2026-11-24", "hardware": {"cpu": "a CPU", "cores": 2}}).axes
