@@ -65,7 +65,7 @@ def draw(document: dict[str, Any]) -> Figure:
                 axes.set_xlabel("concurrent requests")
         row[0].set_ylabel(label)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, 0.955))
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, 0.93))
     checkpoint, hardware = document["checkpoint"], document["hardware"]
     figure.suptitle(
         f"Qwen2-Audio, {checkpoint['parameters'] / 1e6:.0f} M random parameters, {checkpoint['dtype']}, "
@@ -74,7 +74,7 @@ def draw(document: dict[str, Any]) -> Figure:
         fontsize=9,
         color=INK,
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
     return figure
 
 
