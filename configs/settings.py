@@ -85,6 +85,22 @@ class Settings(BaseModel):
     )
     max_num_seqs: int = _setting("engine", 64, "most requests that run at once; more wait", ge=1)
     max_num_batched_tokens: int = _setting("engine", 2048, "most tokens that one step computes", ge=16)
+    num_speculative_tokens: int = _setting(
+        "engine",
+        0,
+        "tokens that a step may guess ahead for an answer, where its last ones stood before in prompt or answer, "
+        "and verify: no answer changes; 0: off",
+        ge=0,
+        le=32,
+    )
+    prompt_lookup_min: int = _setting("engine", 2, "tokens that must have stood before for a guess", ge=1, le=64)
+    prompt_lookup_max: int = _setting(
+        "engine",
+        8,
+        "of several places the one that agrees with the most tokens is taken, at most with so many",
+        ge=1,
+        le=64,
+    )
     gpu_memory_utilization: float = _setting(
         "engine", 0.92, "share of the GPU's memory that weights and KV cache may take", gt=0, le=1
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from engine.answer import SampledToken
 from engine.block_manager import BlockManager
 from engine.device import resolve_device, resolve_dtype
 from engine.encoder_cache import EncoderCache
@@ -30,8 +31,10 @@ from engine.messages import (
     SequenceId,
 )
 from engine.model_runner import ModelRunner, StepResult
-from engine.scheduler import SampledToken, Scheduler, SchedulerOutput
+from engine.prompt_lookup import PromptLookup
+from engine.scheduler import Scheduler, SchedulerOutput
 from engine.sequence import Sequence, choice_seed
+from engine.speculation import Speculation
 from model.attention import select_backend
 from model.config import (
     MAX_AUDIO_SAMPLES,
@@ -144,7 +147,7 @@ class EngineCore:
 
     def _execute_one_by_one(self, plan: SchedulerOutput) -> StepResult:
         """Computing a token again writes what it wrote before, so nothing has to be undone first."""
-        sampled: dict[SequenceId, SampledToken] = {}
+        sampled: dict[SequenceId, tuple[SampledToken, ...]] = {}
         failed_clips: set[str] = set()
         for item in plan.scheduled:
             hashes = {
@@ -155,7 +158,8 @@ class EngineCore:
                 result = self.runner.execute(SchedulerOutput((item,), clips, plan.evicted_clips))
             except Exception:
                 logger.exception("one sequence fails alone")
-                sampled[item.sequence.sequence_id] = SampledToken(0, error="the request failed inside the engine")
+                error = SampledToken(0, error="the request failed inside the engine")
+                sampled[item.sequence.sequence_id] = (error,)
                 continue
             self._num_failed_steps = 0
             sampled |= result.sampled
@@ -232,6 +236,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_encoder_frames=max_encoder_frames,
         max_model_len=max_model_len,
+        speculation=_speculation(args, max_model_len),
     )
     info = EngineInfo(
         max_model_len=max_model_len,
@@ -253,6 +258,15 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     )
     runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
     return EngineCore(runner, scheduler, info, args.seed)
+
+
+def _speculation(args: EngineArgs, max_model_len: int) -> Speculation:
+    if args.prompt_lookup_min > args.prompt_lookup_max:
+        raise EngineStartError(
+            f"--prompt-lookup-min {args.prompt_lookup_min} is above --prompt-lookup-max {args.prompt_lookup_max}"
+        )
+    lookup = PromptLookup(args.prompt_lookup_min, args.prompt_lookup_max)
+    return Speculation(lookup, args.num_speculative_tokens, max_model_len)
 
 
 def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:

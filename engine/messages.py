@@ -160,6 +160,10 @@ class EngineStats:
     """0..1."""
     num_preemptions: int = 0
     num_steps: int = 0
+    num_draft_tokens: int = 0
+    """Guesses that were verified, since the engine started."""
+    num_accepted_tokens: int = 0
+    """Those that came true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,5 +208,10 @@ class EngineArgs:
     gpu_memory_utilization: float = 0.92
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores."""
+    num_speculative_tokens: int = 0
+    """Drafts that a decoding sequence may have in a step; 0: no speculative decoding."""
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 8
+    """Tokens that have to agree for what followed to be a draft, and agreement beyond which no longer one counts."""
     seed: int | None = None
     """Makes the seeds of requests that bring none repeatable, in order of arrival; None: from the system."""

@@ -19,12 +19,14 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from engine.answer import SampledToken, grow
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
-from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId, TokenLogprobs
+from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId
 from engine.sequence import Sequence, SequenceStatus
+from engine.speculation import NO_SPECULATION, Speculation
 from model.config import num_mel_frames
 
 MAX_SPARE = 256
@@ -42,6 +44,8 @@ class ScheduledSequence:
     """Whether the step reaches the last token, so that a new one is sampled."""
     block_copy: tuple[int, int] | None = None
     """From block, to block, in all layers, before the step writes: the copied one is this sequence's to write."""
+    draft_token_ids: tuple[int, ...] = ()
+    """Those of the tokens that are guesses: the last ones, which the sequence does not have yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +57,6 @@ class SchedulerOutput:
     clips_to_encode: tuple[AudioClip, ...] = ()
     evicted_clips: tuple[str, ...] = ()
     """Content hashes whose embeddings the runner may free."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What the runner found for a sequence that samples."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    error: str | None = None
-    """Set when this sequence alone cannot go on (its logits are not numbers, say)."""
-    complete: bool = False
-    """Whether the answer ends with it because its grammar does."""
 
 
 @dataclass(slots=True)
@@ -89,6 +81,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_encoder_frames: int,
         max_model_len: int,
+        speculation: Speculation = NO_SPECULATION,
     ) -> None:
         self.blocks = blocks
         self.encoder_cache = encoder_cache
@@ -96,6 +89,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_encoder_frames = max_encoder_frames
         self.max_model_len = max_model_len
+        self.speculation = speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         """Both in order of rank."""
@@ -119,6 +113,8 @@ class Scheduler:
             kv_cache_usage=self.blocks.usage,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
+            num_draft_tokens=self.speculation.num_draft_tokens,
+            num_accepted_tokens=self.speculation.num_accepted_tokens,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -156,6 +152,8 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
                 self._schedule_running(sequence, step)
         self._admit_waiting(step)
+        if self.speculation.num_tokens:
+            self._plan_drafts(step)
         self._num_steps += 1
         return SchedulerOutput(
             scheduled=tuple(sorted(step.scheduled.values(), key=lambda item: item.num_tokens > 1)),
@@ -166,10 +164,13 @@ class Scheduler:
     def update(
         self,
         plan: SchedulerOutput,
-        sampled: dict[SequenceId, SampledToken],
+        sampled: dict[SequenceId, tuple[SampledToken, ...]],
         failed_clips: frozenset[str] = frozenset(),
     ) -> list[EngineOutput]:
-        """Take the step's results in. `sampled` holds one token for each sequence of the plan that samples."""
+        """Take the step's results in. `sampled` holds what each sequence of the plan that samples goes on with.
+
+        That is one token, and one more for each of its first drafts that came true.
+        """
         outputs = []
         for item in plan.scheduled:
             sequence = item.sequence
@@ -179,11 +180,15 @@ class Scheduler:
             ):
                 outputs.append(self._fail(sequence, "the model could not encode this audio"))
                 continue
-            sequence.num_computed_tokens += item.num_tokens
+            tokens = sampled.get(sequence.sequence_id)
+            output = grow(sequence, tokens, self.max_model_len) if tokens else None
+            num_rejected = self.speculation.count_rejected(len(item.draft_token_ids), output)
+            sequence.num_computed_tokens += item.num_tokens - num_rejected
             self._release_clips(sequence, before=sequence.num_computed_tokens)
-            token = sampled.get(sequence.sequence_id)
-            if token is not None:
-                outputs.append(self._fail(sequence, token.error) if token.error else self._append(sequence, token))
+            if output:
+                outputs.append(output)
+                if output.finish_reason:
+                    self._finish(sequence)
         for content_hash in failed_clips:
             self.encoder_cache.drop(content_hash)
         return outputs
@@ -315,6 +320,14 @@ class Scheduler:
         item = ScheduledSequence(sequence, start, num_tokens, samples, block_copy)
         step.scheduled[sequence.sequence_id] = item
 
+    def _plan_drafts(self, step: _Step) -> None:
+        """Let decoding sequences use what the step has left."""
+        for key, item in step.scheduled.items():
+            if item.samples and item.num_tokens == 1:
+                drafts = self.speculation.draft(item.sequence, self.blocks, step.tokens_left)
+                step.tokens_left -= len(drafts)
+                step.scheduled[key] = replace(item, num_tokens=1 + len(drafts), draft_token_ids=drafts)
+
     def _preempt(self, sequence: Sequence, step: _Step) -> None:
         """Send a running sequence back to its place in the queue; it will be computed again."""
         if item := step.scheduled.pop(sequence.sequence_id, None):
@@ -331,24 +344,6 @@ class Scheduler:
         self._release_clips(sequence)
         sequence.num_computed_tokens = 0
 
-    def _append(self, sequence: Sequence, token: SampledToken) -> EngineOutput:
-        sequence.token_ids.append(token.token_id)
-        sampling = sequence.sampling
-        is_stop_token = token.token_id in sampling.stop_token_ids
-        stopped = token.complete or (is_stop_token and sequence.num_output_tokens >= sampling.min_tokens)
-        full = sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= self.max_model_len
-        reason = FinishReason.STOP if stopped else FinishReason.LENGTH if full else None
-        if reason:
-            self._finish(sequence)
-        return EngineOutput(
-            request_id=sequence.request_id,
-            new_token_ids=(token.token_id,),
-            logprobs=(token.logprobs,) if token.logprobs else (),
-            finish_reason=reason,
-            stop_token_id=token.token_id if stopped and is_stop_token else None,
-            index=sequence.index,
-        )
-
     def _fail(self, sequence: Sequence, error: str) -> EngineOutput:
         self._finish(sequence)
         return EngineOutput(sequence.request_id, finish_reason=FinishReason.ERROR, error=error, index=sequence.index)
@@ -358,6 +353,7 @@ class Scheduler:
         self._bequeath(sequence)
         self._reset(sequence)
         sequence.status = SequenceStatus.FINISHED
+        self.speculation.release(sequence)
         choices = self._choices[sequence.request_id]
         choices.remove(sequence)
         if not choices:

@@ -7,6 +7,7 @@ plans say, and fails as soon as a plan needs what is not there. No torch is impo
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.answer import SampledToken
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
 from engine.messages import AudioClip, EngineOutput, EngineRequest, FinishReason, SamplingParams, SequenceId
-from engine.scheduler import SampledToken, ScheduledSequence, Scheduler, SchedulerOutput, _Step
+from engine.prompt_lookup import PromptLookup
+from engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput, _Step
 from engine.sequence import Sequence, SequenceStatus
+from engine.speculation import Speculation
 from model.config import num_audio_tokens, num_mel_frames
 
 STOP = 1
@@ -54,14 +58,31 @@ def request(
     return EngineRequest(request_id, tuple(ids), params, tuple(clips), n, priority)
 
 
-def make_scheduler(**changes: int) -> Scheduler:
+class RandomLookup(PromptLookup):
+    """Proposes anything."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.known: set[SequenceId] = set()
+        self.random = Random(0)
+
+    def propose(self, sequence: Sequence, num_tokens: int) -> tuple[int, ...]:
+        self.known.add(sequence.sequence_id)
+        return tuple(self.random.choices([STOP, 2, 3, 4, 6], k=self.random.randint(0, num_tokens)))
+
+    def release(self, sequence_id: SequenceId) -> None:
+        self.known.discard(sequence_id)
+
+
+def make_scheduler(lookup: PromptLookup | None = None, num_drafts: int = 0, **changes: int) -> Scheduler:
     sizes = {
         "num_blocks": 32, "block_size": 4, "capacity": 24, "max_num_seqs": 4,
         "max_num_batched_tokens": 16, "max_encoder_frames": num_mel_frames(len(LARGEST.samples)),
         "max_model_len": 40,
     } | changes  # fmt: skip
     blocks = BlockManager(sizes.pop("num_blocks"), sizes.pop("block_size"))
-    return Scheduler(blocks, EncoderCache(sizes.pop("capacity")), **sizes)
+    speculation = Speculation(lookup or RandomLookup(), num_drafts, sizes["max_model_len"])
+    return Scheduler(blocks, EncoderCache(sizes.pop("capacity")), **sizes, speculation=speculation)
 
 
 def add(scheduler: Scheduler, request: EngineRequest) -> Sequence:
@@ -124,13 +145,22 @@ class FakeRunner:
             assert sequence in self.scheduler.running
             assert item.num_tokens >= 1
             assert item.start == sequence.num_computed_tokens
-            assert item.start + item.num_tokens <= sequence.num_tokens
-            assert item.samples == (item.start + item.num_tokens == sequence.num_tokens)
+            num_drafts = len(item.draft_token_ids)
+            assert item.start + item.num_tokens - num_drafts <= sequence.num_tokens
+            assert item.samples == (item.start + item.num_tokens - num_drafts == sequence.num_tokens)
+            self._check_drafts(sequence, num_drafts, item)
             for position in range(item.start, item.start + item.num_tokens):
                 block = sequence.block_table[position // size]
                 assert block != 0, "the null block is never written"
                 written[block * size + position % size] += 1
         assert not written or max(written.values()) == 1, "two tokens share a slot"
+
+    def _check_drafts(self, sequence: Sequence, num_drafts: int, item: ScheduledSequence) -> None:
+        """Only behind a single token, and so few that they and one more fit into the answer."""
+        assert num_drafts == 0 or (item.samples and item.num_tokens == 1 + num_drafts)
+        if item.samples:
+            assert sequence.num_output_tokens + num_drafts + 1 <= sequence.sampling.max_tokens
+            assert sequence.num_tokens + num_drafts + 1 <= self.scheduler.max_model_len
 
     def _copy_blocks(self, plan: SchedulerOutput) -> None:
         pairs = [(item.block_copy, item) for item in plan.scheduled if item.block_copy]
@@ -149,7 +179,7 @@ class FakeRunner:
             sequence = item.sequence
             return {
                 (sequence.block_table[position // size], position % size): (
-                    sequence.request_id, *sequence.token_ids[: position + 1]
+                    sequence.request_id, *[*sequence.token_ids, *item.draft_token_ids][: position + 1]
                 )
                 for position in range(start, item.start + item.num_tokens)
             }  # fmt: skip
@@ -172,6 +202,7 @@ class Machine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         capacity=st.integers(LARGEST.num_tokens, 2 * LARGEST.num_tokens),
         extra_frames=st.integers(0, 60),
+        num_drafts=st.integers(0, 5),
     )
     def build(
         self,
@@ -182,8 +213,12 @@ class Machine(RuleBasedStateMachine):
         budget: int,
         capacity: int,
         extra_frames: int,
+        num_drafts: int,
     ) -> None:
+        self.lookup = RandomLookup()
         self.scheduler = make_scheduler(
+            self.lookup,
+            num_drafts,
             num_blocks=1 + context_blocks + extra_blocks,
             block_size=block_size,
             capacity=capacity,
@@ -262,8 +297,13 @@ class Machine(RuleBasedStateMachine):
         sampled, row = {}, 0
         for item in plan.scheduled:
             if item.samples:
+                num_accepted = self.lookup.random.randint(0, len(item.draft_token_ids))
+                ids = (*item.draft_token_ids[:num_accepted], tokens[row % len(tokens)])
                 error = BROKEN if row in broken else None
-                sampled[item.sequence.sequence_id] = SampledToken(tokens[row % len(tokens)], error=error)
+                sampled[item.sequence.sequence_id] = (
+                    *map(SampledToken, ids[:-1]),
+                    SampledToken(ids[-1], error=error),
+                )
                 row += 1
         failed = frozenset(new.content_hash for new in plan.clips_to_encode[:1]) if clip_fails else frozenset()
         spoiled = {
@@ -286,40 +326,55 @@ class Machine(RuleBasedStateMachine):
             assert first in [item.sequence for item in plan.scheduled]
 
     def take(
-        self, outputs: list[EngineOutput], sampled: dict[SequenceId, SampledToken], spoiled: set[SequenceId]
+        self,
+        outputs: list[EngineOutput],
+        sampled: dict[SequenceId, tuple[SampledToken, ...]],
+        spoiled: set[SequenceId],
     ) -> None:
-        """Every sampled token comes out once, and every end is for the reason that it should be."""
+        """Every sampled token comes out once, up to the end, and every end is for the reason that it should be."""
         assert {output.sequence_id for output in outputs} == sampled.keys() | spoiled
         assert len(outputs) == len({output.sequence_id for output in outputs})
         for output in outputs:
             sequence = self.live[output.sequence_id]
-            params = sequence.sampling
-            token = sampled.get(output.sequence_id)
-            if output.sequence_id in spoiled or (token is not None and token.error):
+            given = self.given[output.sequence_id]
+            new, expected = self.expect(sequence, sampled.get(output.sequence_id, ()))
+            if output.sequence_id in spoiled or expected is FinishReason.ERROR:
                 assert output.finish_reason is FinishReason.ERROR
                 assert output.error
                 assert not output.new_token_ids
             else:
-                assert token is not None
-                assert output.new_token_ids == (token.token_id,)
-                given = self.given[output.sequence_id]
-                given.append(token.token_id)
+                assert list(output.new_token_ids) == new
+                given += new
                 assert sequence.token_ids[sequence.num_prompt_tokens :] == given, "a preemption lost a token"
-                stops = token.token_id == STOP and len(given) >= params.min_tokens
-                full = len(given) >= params.max_tokens or sequence.num_tokens >= self.scheduler.max_model_len
-                expected = FinishReason.STOP if stops else FinishReason.LENGTH if full else None
                 assert output.finish_reason is expected
+                assert output.stop_token_id == (STOP if expected is FinishReason.STOP else None)
             if output.finish_reason is not None:
                 del self.live[output.sequence_id]
                 assert sequence.status is SequenceStatus.FINISHED
         known = {request_id for request_id, _ in self.live}
         assert all(self.scheduler.knows(output.request_id) == (output.request_id in known) for output in outputs)
 
+    def expect(self, sequence: Sequence, tokens: tuple[SampledToken, ...]) -> tuple[list[int], FinishReason | None]:
+        """-> the tokens up to the end of the answer, and how it ends."""
+        num_given = len(self.given[sequence.sequence_id])
+        for count, token in enumerate(tokens, 1):
+            num_output = num_given + count
+            num_tokens = sequence.num_prompt_tokens + num_output
+            if token.error:
+                return [], FinishReason.ERROR
+            new = [token.token_id for token in tokens[:count]]
+            if token.token_id == STOP and num_output >= sequence.sampling.min_tokens:
+                return new, FinishReason.STOP
+            if num_output >= sequence.sampling.max_tokens or num_tokens >= self.scheduler.max_model_len:
+                return new, FinishReason.LENGTH
+        return [token.token_id for token in tokens], None
+
     @invariant()
     def nothing_is_lost_or_held_twice(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
             assert {s.sequence_id for s in (*self.scheduler.running, *self.scheduler.waiting)} == self.live.keys()
+            assert self.lookup.known <= self.live.keys()
 
     @invariant()
     def first_come_is_first_served(self) -> None:
@@ -367,7 +422,7 @@ def run(scheduler: Scheduler, runner: FakeRunner, token: int = 2) -> tuple[Sched
     """One step in which every sequence that samples gets `token`."""
     plan = scheduler.schedule()
     runner.execute(plan)
-    sampled = {item.sequence.sequence_id: SampledToken(token) for item in plan.scheduled if item.samples}
+    sampled = {item.sequence.sequence_id: (SampledToken(token),) for item in plan.scheduled if item.samples}
     outputs = scheduler.update(plan, sampled)
     scheduler.check_integrity()
     return plan, outputs
@@ -448,7 +503,7 @@ def test_a_clip_that_fails_ends_its_sequences_and_may_be_tried_again() -> None:
         add(scheduler, request(name, parts))
     plan = scheduler.schedule()
     runner.execute(plan)
-    sampled = {(name, 0): SampledToken(2) for name in ("a", "b", "c")}
+    sampled = {(name, 0): (SampledToken(2),) for name in ("a", "b", "c")}
     outputs = scheduler.update(plan, sampled, frozenset({POOL[3].content_hash}))
     assert {o.request_id: o.finish_reason for o in outputs} == {
         "a": FinishReason.ERROR,
