@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class Design:
     output_tokens: int
 
 
+LARGEST_CHUNK = 2048
 DESIGNS = (
     Design(1, 2.0, 50, 16),
     Design(1, 10.0, 50, 16),
@@ -62,7 +63,7 @@ class Outcome:
 
 def fit(args: EngineArgs, repeats: int = 3) -> LinearCost:
     """Time the designs and fit a price for each count. -> the prices, and how far off they are."""
-    core = EngineCore.build(args)
+    core = EngineCore.build(replace(args, max_num_batched_tokens=LARGEST_CHUNK))
     audio_id, num_text_ids = _ids(Path(args.model_folder))
     rows: list[tuple[StepWork, float]] = []
     number = 0

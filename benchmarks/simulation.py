@@ -34,8 +34,9 @@ from engine.sequence import Sequence
 class Limits:
     """A replica's settings, under the engine's names."""
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 1024
+    long_prefill_token_threshold: int = 1024
     max_encoder_frames: int = 12_000
     encoder_cache_tokens: int = 16_384
     max_model_len: int = 8192
@@ -51,6 +52,7 @@ class Limits:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_encoder_frames=self.max_encoder_frames,
             max_model_len=self.max_model_len,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
         )
 
 
@@ -221,8 +223,7 @@ class Replica:
             return 0
         if any(sequence.num_missing_tokens != 1 for sequence in running):
             return 0
-        head = scheduler.waiting[0] if scheduler.waiting else None
-        if head and len(running) < scheduler.max_num_seqs and scheduler.blocks.can_allocate(head, head.num_tokens):
+        if scheduler.waiting and len(running) < scheduler.max_num_seqs:
             return 0
         count = min(
             min(s.sampling.max_tokens - s.num_output_tokens, scheduler.max_model_len - s.num_tokens) for s in running

@@ -4,6 +4,7 @@
     python -m benchmarks.simulator run --rate 12 --seconds 60         Poisson arrivals
     python -m benchmarks.simulator run --trace FILE                   recorded ones (JSON lines, see workload.py)
     python -m benchmarks.simulator capacity                           1 to 10,000 users on 1 to 64 replicas
+    python -m benchmarks.simulator policy                             budgets; huge prompts among small ones
     python -m benchmarks.simulator calibrate FILE                     fit prices to the real engine on this machine
     python -m benchmarks.simulator check                              predict and measure the same loads here
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,10 +26,12 @@ from typing import Any
 
 from benchmarks.cost_model import LinearCost, Roofline, find_cost_model
 from benchmarks.load_models import ClosedLoad, Load, OpenLoad
+from benchmarks.policy_study import Study, print_row
 from benchmarks.report import finish, percentiles
 from benchmarks.simulation import Fleet, FrontCost, Limits, Router
 from benchmarks.summary import print_table, summarise
 from benchmarks.workload import Mix, fixed_mix, poisson, read_trace
+from engine.messages import EngineArgs
 
 USERS = (1, 10, 100, 1_000, 10_000)
 REPLICAS = (1, 4, 16, 64)
@@ -83,6 +87,17 @@ def capacity(args: argparse.Namespace) -> dict[str, Any]:
     return {"limits": describe_limits(limits), "think_s": args.think, "rows": rows}
 
 
+def policy(args: argparse.Namespace) -> dict[str, Any]:
+    """What the defaults of the scheduler were chosen by."""
+    cost = find_cost_model(args.cost)
+    study = Study(cost, limits_of(args, cost), args.users, args.seconds, args.seed)
+    rows = []
+    for row in itertools.chain(study.budgets(), study.scenes()):
+        print_row(row)
+        rows.append(row)
+    return {"limits": describe_limits(study.limits), "users": args.users, "rows": rows}
+
+
 def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Fit, and keep."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -97,19 +112,21 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         folder = _checkpoint(args, Path(scratch))
         cost = find_cost_model(args.cost) if args.cost else _calibration().fit(_engine_args(folder))
         assert isinstance(cost, LinearCost)
-        rows = asyncio.run(_check(cost, folder))
+        rows = asyncio.run(_check(cost, folder, args.max_num_batched_tokens))
     _print_check(rows)
     return {"fitted": cost.fitted, "rows": rows}
 
 
-async def _check(cost: LinearCost, folder: Path) -> list[dict[str, Any]]:
+async def _check(cost: LinearCost, folder: Path, budget: int | None) -> list[dict[str, Any]]:
     calibration = _calibration()
-    client = await calibration.ProcessEngineClient.start(_engine_args(folder))
+    client = await calibration.ProcessEngineClient.start(_engine_args(folder, budget))
+    info = client.info
+    limits = Limits(info.max_num_seqs, info.max_num_batched_tokens, kv_cache_tokens=cost.kv_cache_tokens)
     rows = []
     await calibration.measure(client, folder, _checked_load(4, 2.0, 8, seed=1))
     for users, clip_seconds, requests in CHECKED:
         outcomes, wall = await calibration.measure(client, folder, _checked_load(users, clip_seconds, requests))
-        fleet = Fleet(cost, Limits(kv_cache_tokens=cost.kv_cache_tokens))
+        fleet = Fleet(cost, limits)
         fleet.run(_checked_load(users, clip_seconds, requests))
         predicted = summarise(fleet, None)
         measured = {
@@ -159,8 +176,8 @@ def _checkpoint(args: argparse.Namespace, scratch: Path) -> Path:
     return scratch
 
 
-def _engine_args(folder: Path) -> Any:
-    return importlib.import_module("engine.messages").EngineArgs(str(folder), device="cpu")
+def _engine_args(folder: Path, max_num_batched_tokens: int | None = None) -> EngineArgs:
+    return EngineArgs(str(folder), device="cpu", max_num_batched_tokens=max_num_batched_tokens)
 
 
 def limits_of(args: argparse.Namespace, cost: Roofline | LinearCost) -> Limits:
@@ -190,25 +207,28 @@ def _parse() -> argparse.Namespace:
     simulated.add_argument("--think", type=float, default=10.0, help="mean seconds between answer and question")
     simulated.add_argument("--router", choices=Router.POLICIES, default="least_loaded")
     simulated.add_argument("--front-cores", type=int, default=8, help="that decode clips, of each replica")
-    simulated.add_argument("--max-num-seqs", type=int, default=64)
-    simulated.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    simulated.add_argument("--max-num-seqs", type=int, default=Limits().max_num_seqs)
+    simulated.add_argument("--max-num-batched-tokens", type=int, default=Limits().max_num_batched_tokens)
     one = commands.add_parser("run", parents=[simulated])
     one.add_argument("--users", type=int, default=100)
     one.add_argument("--replicas", type=int, default=1)
     one.add_argument("--rate", type=float, help="arrivals a second instead of users")
     one.add_argument("--trace", type=Path, help="recorded arrivals instead of either")
     commands.add_parser("capacity", parents=[simulated])
+    commands.add_parser("policy", parents=[simulated]).add_argument("--users", type=int, default=96)
     real = argparse.ArgumentParser(add_help=False, parents=[shared])
     real.add_argument("--model", type=Path, help="a checkpoint's folder; default: random weights, `small`")
     commands.add_parser("calibrate", parents=[real]).add_argument("file", type=Path)
-    commands.add_parser("check", parents=[real]).add_argument("--cost", help="default: calibrate first")
+    both = commands.add_parser("check", parents=[real])
+    both.add_argument("--cost", help="default: calibrate first")
+    both.add_argument("--max-num-batched-tokens", type=int, help="default: the engine's")
     return parser.parse_args()
 
 
 def main() -> None:
     """Command line."""
     args = _parse()
-    commands = {"run": run, "capacity": capacity, "calibrate": calibrate, "check": check}
+    commands = {"run": run, "capacity": capacity, "policy": policy, "calibrate": calibrate, "check": check}
     result = commands[args.command](args)
     finish({"benchmark": f"simulator {args.command}", "cost": getattr(args, "cost", None), **result}, args.output)
 

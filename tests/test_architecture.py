@@ -34,6 +34,7 @@ TORCH_FREE_ENGINE = {
     "engine.errors",
     "engine.guidance",
     "engine.input_batch",
+    "engine.long_lane",
     "engine.messages",
     "engine.scheduler",
     "engine.sequence",
