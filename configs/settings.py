@@ -84,7 +84,19 @@ class Settings(BaseModel):
         "engine", None, "longest prompt and answer together, in tokens; default: what the checkpoint allows", ge=16
     )
     max_num_seqs: int = _setting("engine", 64, "most requests that run at once; more wait", ge=1)
-    max_num_batched_tokens: int = _setting("engine", 2048, "most tokens that one step computes", ge=16)
+    max_num_batched_tokens: int | None = _setting(
+        "engine",
+        None,
+        "most tokens that one step computes: fewer let answers flow more evenly, more begin them sooner; "
+        "default: 1024 on a GPU, 512 on a CPU",
+        ge=16,
+    )
+    long_prefill_token_threshold: int = _setting(
+        "engine",
+        1024,
+        "prompts that lack more tokens leave half of a step to shorter ones that wait; 0: first come, first served",
+        ge=0,
+    )
     num_speculative_tokens: int = _setting(
         "engine",
         0,

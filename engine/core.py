@@ -9,13 +9,14 @@ import logging
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from engine.answer import SampledToken
 from engine.block_manager import BlockManager
-from engine.device import resolve_device, resolve_dtype
+from engine.device import resolve_device, resolve_dtype, resolve_token_budget
 from engine.encoder_cache import EncoderCache
 from engine.errors import EngineStartError, RequestError
 from engine.guidance import Guidance
@@ -216,6 +217,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         torch.set_num_threads(args.num_threads)
     dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
     backend, attention_reason = select_backend(args.attention_backend, device)
+    token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
     max_model_len = _context_length(args, config)
     if args.quantization == "int8" and device.type != "cpu":
         raise EngineStartError("--quantization int8 is for --device cpu")
@@ -227,16 +229,17 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
     block_size = backend.block_sizes[0]
-    num_blocks = num_kv_blocks(args, model, block_size, max_model_len)
+    num_blocks = num_kv_blocks(replace(args, max_num_batched_tokens=token_budget), model, block_size, max_model_len)
     max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)
     scheduler = Scheduler(
         BlockManager(num_blocks, block_size),
         EncoderCache(max(args.encoder_cache_tokens, num_audio_tokens(MAX_AUDIO_SAMPLES))),
         max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_batched_tokens=token_budget,
         max_encoder_frames=max_encoder_frames,
         max_model_len=max_model_len,
         speculation=_speculation(args, max_model_len),
+        long_prefill_token_threshold=args.long_prefill_token_threshold,
     )
     info = EngineInfo(
         max_model_len=max_model_len,
@@ -251,6 +254,8 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         num_blocks=num_blocks,
         block_size=block_size,
         max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=token_budget,
+        max_num_batched_tokens_reason=budget_reason,
         load_seconds=time.monotonic() - started,
     )
     guidance = Guidance(

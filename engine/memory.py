@@ -54,6 +54,7 @@ def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> N
     num_clips = max(1, args.max_encoder_frames // MAX_MEL_FRAMES)
     model.encode_audio([torch.zeros(MAX_AUDIO_SAMPLES, device=device)] * num_clips)
     num_tokens = args.max_num_batched_tokens
+    assert num_tokens is not None, "it is resolved when the device is known"
     num_blocks = -(-num_tokens // block_size)
     positions = torch.arange(num_tokens, device=device)
     metadata = AttentionMetadata(

@@ -147,6 +147,8 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_batched_tokens_reason: str
     load_seconds: float
 
 
@@ -198,7 +200,10 @@ class EngineArgs:
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
+    """None: what suits the device."""
+    long_prefill_token_threshold: int = 1024
+    """A sequence that lacks more tokens leaves room to others (see engine/long_lane.py). 0: none does."""
     max_encoder_frames: int = 12_000
     """Mel frames of new clips that one step may encode: 120 s of audio."""
     encoder_cache_tokens: int = 16_384

@@ -7,6 +7,7 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 - A sequence is admitted only when blocks for all its tokens are free, and gets them at once.
 - When a running sequence cannot grow, the last in rank is preempted: its blocks go back, it waits in its old place,
   and is recomputed later. The first in rank therefore always advances.
+- Long prompts leave part of a step to short ones that need it (see long_lane).
 - A chunk ends before a clip whose embeddings cannot be had in this step. New clips are encoded under a budget of
   mel frames a step; they are kept while a sequence needs them (see encoder_cache).
 - A request with n choices is n sequences with one prompt. The first computes it, the others wait meanwhile, and
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from engine.answer import SampledToken, grow
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
+from engine.long_lane import LongLane
 from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId
 from engine.sequence import Sequence, SequenceStatus
 from engine.speculation import NO_SPECULATION, Speculation
@@ -82,6 +84,7 @@ class Scheduler:
         max_encoder_frames: int,
         max_model_len: int,
         speculation: Speculation = NO_SPECULATION,
+        long_prefill_token_threshold: int = 0,
     ) -> None:
         self.blocks = blocks
         self.encoder_cache = encoder_cache
@@ -93,6 +96,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         """Both in order of rank."""
+        self._lane = LongLane(long_prefill_token_threshold, max_num_seqs, blocks, self.running, self.waiting)
         self._choices: dict[str, list[Sequence]] = {}
         """By request id: the choices that have not ended."""
         self._num_arrivals = 0
@@ -146,6 +150,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Plan one step."""
         step = _Step(self.max_num_batched_tokens, self.max_encoder_frames)
+        self._lane.begin(step.scheduled)
         decoding = [sequence for sequence in self.running if sequence.num_missing_tokens == 1]
         prefilling = [sequence for sequence in self.running if sequence.num_missing_tokens > 1]
         for sequence in decoding + prefilling:
@@ -223,13 +228,13 @@ class Scheduler:
         place = 0  # in line: those before it are passed over
         while place < len(self.waiting) and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[place]
-            if sequence.request_id == computing:
+            if sequence.request_id == computing or self._lane.is_closed_to(sequence):
                 place += 1
                 continue
             donor = None
             if not sequence.block_table:  # else it has kept the prompt's blocks
                 running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
-                donor = next(filter(_has_prompt, running), None)
+                donor = next((choice for choice in running if _has_prompt(choice, step)), None)
                 if running and donor is None:
                     computing = sequence.request_id
                     place += 1
@@ -291,7 +296,7 @@ class Scheduler:
     def _fit_chunk(self, sequence: Sequence, step: _Step) -> int:
         """How many tokens fit the budgets of tokens and of mel frames. May be 0."""
         start = sequence.num_computed_tokens
-        stop = start + min(sequence.num_missing_tokens, step.tokens_left)
+        stop = start + min(sequence.num_missing_tokens, self._lane.limit(sequence, step.tokens_left))
         frames_left = step.frames_left
         newly_held: dict[str, int] = {}
         for clip in sequence.clips_within(start, stop):
@@ -316,6 +321,7 @@ class Scheduler:
                 step.frames_left -= num_mel_frames(len(clip.samples))
             self.encoder_cache.hold(clip, sequence.sequence_id)
         step.tokens_left -= num_tokens
+        self._lane.take(sequence, num_tokens)
         samples = num_tokens == sequence.num_missing_tokens
         item = ScheduledSequence(sequence, start, num_tokens, samples, block_copy)
         step.scheduled[sequence.sequence_id] = item
@@ -379,6 +385,8 @@ def _runs(sequence: Sequence) -> bool:
     return sequence.status is SequenceStatus.RUNNING
 
 
-def _has_prompt(sequence: Sequence) -> bool:
-    """Whether another choice could begin with what it has computed: all but the prompt's last token."""
-    return sequence.num_computed_tokens >= sequence.num_prompt_tokens - 1
+def _has_prompt(sequence: Sequence, step: _Step) -> bool:
+    """Whether another choice could begin with what the cache holds of it: all but the prompt's last token."""
+    item = step.scheduled.get(sequence.sequence_id)
+    is_copied = item is not None and item.block_copy is not None  # by this step: too late to be read
+    return sequence.num_computed_tokens >= sequence.num_prompt_tokens - 1 and not is_copied

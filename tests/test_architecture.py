@@ -35,6 +35,7 @@ TORCH_FREE_ENGINE = {
     "engine.errors",
     "engine.guidance",
     "engine.input_batch",
+    "engine.long_lane",
     "engine.messages",
     "engine.prompt_lookup",
     "engine.sample_row",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -203,6 +203,7 @@ class Machine(RuleBasedStateMachine):
         capacity=st.integers(LARGEST.num_tokens, 2 * LARGEST.num_tokens),
         extra_frames=st.integers(0, 60),
         num_drafts=st.integers(0, 5),
+        threshold=st.integers(0, 12),
     )
     def build(
         self,
@@ -214,6 +215,7 @@ class Machine(RuleBasedStateMachine):
         capacity: int,
         extra_frames: int,
         num_drafts: int,
+        threshold: int,
     ) -> None:
         self.lookup = RandomLookup()
         self.scheduler = make_scheduler(
@@ -226,6 +228,7 @@ class Machine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_encoder_frames=num_mel_frames(len(LARGEST.samples)) + extra_frames,
             max_model_len=context_blocks * block_size,
+            long_prefill_token_threshold=threshold,
         )
         self.runner = FakeRunner(self.scheduler)
         self.num_requests = 0
@@ -594,6 +597,19 @@ def test_forks_share_full_blocks_and_copy_the_last() -> None:
     assert scheduler.blocks.usage == 0
 
 
+def test_nobody_forks_from_a_block_that_this_very_step_copies() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    choices = add_choices(scheduler, request("a", [10], n=3, max_tokens=9))
+    run(scheduler, runner)
+    run(scheduler, runner)
+    for choice in choices[:2]:
+        scheduler._preempt(choice, _Step(0, 0))
+    plan, _ = run(scheduler, runner)
+    copies = [item.block_copy for item in plan.scheduled if item.block_copy]
+    assert [source for source, _ in copies] == [choices[2].block_table[2]] * 2
+
+
 @pytest.mark.parametrize("length", [1, 9])
 def test_a_fork_whose_last_block_holds_one_token_copies_nothing(length: int) -> None:
     scheduler = make_scheduler(max_num_batched_tokens=64)
@@ -649,6 +665,103 @@ def test_other_requests_do_not_wait_for_a_prompt_that_choices_wait_for() -> None
     add_choices(scheduler, request("a", [7], n=3))
     add(scheduler, request("b", [1]))
     assert shape(run(scheduler, runner)[0]) == {"a": (0, 7), "b": (0, 1)}
+
+
+def test_a_long_prompt_leaves_half_of_each_step_to_short_ones() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_model_len=64, max_num_batched_tokens=16, max_num_seqs=8,
+                               long_prefill_token_threshold=10)  # fmt: skip
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("long", [50]))
+    assert shape(run(scheduler, runner)[0]) == {"long": (0, 16)}  # nobody else is there
+    for name in "abc":
+        add(scheduler, request(name, [5], max_tokens=1))
+    assert shape(run(scheduler, runner)[0]) == {"long": (16, 8), "a": (0, 5), "b": (0, 3)}
+    assert shape(run(scheduler, runner)[0]) == {"long": (24, 8), "b": (3, 2), "c": (0, 5)}
+    assert shape(run(scheduler, runner)[0]) == {"long": (32, 16)}
+    assert shape(run(scheduler, runner)[0]) == {"long": (48, 2)}
+
+
+def test_long_prompts_share_one_lane_in_order_of_rank_and_are_passed_by_short_ones() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_model_len=64, max_num_batched_tokens=16, max_num_seqs=8,
+                               long_prefill_token_threshold=10)  # fmt: skip
+    runner = FakeRunner(scheduler)
+    for name, length in (("first", 30), ("second", 30), ("short", 5)):
+        add(scheduler, request(name, [length], max_tokens=1))
+    assert shape(run(scheduler, runner)[0]) == {"first": (0, 8), "short": (0, 5)}
+    assert shape(run(scheduler, runner)[0]) == {"first": (8, 16)}
+    assert shape(run(scheduler, runner)[0]) == {"first": (24, 6), "second": (0, 10)}
+
+
+@pytest.mark.parametrize(
+    ("priority", "expected"),
+    [
+        (-1, {"long": (16, 16)}),
+        (0, {"long": (16, 8), "equal": (0, 3)}),
+        (1, {"long": (16, 8), "equal": (0, 3), "later": (0, 3)}),
+    ],
+)
+def test_what_a_long_prompt_leaves_is_not_for_those_behind_it_in_priority(
+    priority: int, expected: dict[str, tuple[int, int]]
+) -> None:
+    scheduler = make_scheduler(
+        num_blocks=64,
+        max_model_len=64,
+        max_num_batched_tokens=16,
+        max_num_seqs=8,
+        long_prefill_token_threshold=10,
+    )
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("long", [40], priority=priority))
+    run(scheduler, runner)
+    add(scheduler, request("equal", [3], max_tokens=1))
+    add(scheduler, request("later", [3], max_tokens=1, priority=1))
+    assert shape(run(scheduler, runner)[0]) == expected
+
+
+def test_a_short_prompt_that_could_not_start_holds_no_long_one_back() -> None:
+    scheduler = make_scheduler(num_blocks=11, max_model_len=40, max_num_batched_tokens=16, max_num_seqs=8,
+                               long_prefill_token_threshold=10)  # fmt: skip
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("long", [37]))
+    run(scheduler, runner)
+    add(scheduler, request("short", [9]))  # all blocks are taken
+    assert shape(run(scheduler, runner)[0]) == {"long": (16, 16)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(20, 60),
+    threshold=st.integers(10, 19),
+    budget=st.integers(2, 24),
+    arrivals=st.lists(st.integers(1, 10), min_size=1, max_size=4),
+    num_long=st.integers(1, 3),
+)
+def test_neither_long_nor_short_prompts_starve_while_more_and_more_arrive(
+    length: int, threshold: int, budget: int, arrivals: list[int], num_long: int
+) -> None:
+    """Short ones come with each step and end in order; long ones end as if half of each step were theirs."""
+    scheduler = make_scheduler(
+        num_blocks=400,
+        max_model_len=64,
+        max_num_batched_tokens=budget,
+        max_num_seqs=64,
+        long_prefill_token_threshold=threshold,
+    )
+    runner = FakeRunner(scheduler)
+    for number in range(num_long):
+        add(scheduler, request(f"long {number}", [length], max_tokens=1))
+    ended: list[str] = []
+    bound = num_long * -(-length // max(1, budget // 2)) + 1
+    for step in range(bound):
+        for number, tokens in enumerate(arrivals):
+            add(scheduler, request(f"short {step:03} {number}", [tokens], max_tokens=1))
+        _, outputs = run(scheduler, runner)
+        ended += sorted(output.request_id for output in outputs)
+    for kind in ("long", "short"):
+        served = [name for name in ended if name.startswith(kind)]
+        assert served == sorted(served)
+    assert sum(name.startswith("long") for name in ended) == num_long
+    assert any(name.startswith("short") for name in ended)
 
 
 @pytest.mark.parametrize("spoil", ["lose", "share", "null"])
