@@ -6,6 +6,7 @@ waits for one while it has work; when the pipe closes, the parent is gone and th
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -34,6 +35,8 @@ def main(args: EngineArgs, connection: Connection) -> None:
     except EngineStartError as error:
         channel.send(connection, EngineFailed(str(error)))
         sys.exit(1)
+    gc.collect()
+    gc.freeze()  # torch and the model: a full collection would walk them in the middle of a step
     channel.send(connection, core.info)
     inbox: Inbox = Inbox()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="reader").start()
