@@ -16,9 +16,13 @@ from multiprocessing.connection import Connection
 
 from engine import channel
 from engine.core import EngineCore
+from engine.device import resolve_device
 from engine.errors import EngineStartError
 from engine.loop import Inbox, run_loop
 from engine.messages import EngineArgs, EngineFailed, Shutdown
+
+CPU_NICENESS = 5
+"""On a CPU the engine would take all there is: the HTTP process, which needs little, goes first."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,8 @@ def main(args: EngineArgs, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
+        if resolve_device(args.device).type == "cpu":
+            os.nice(CPU_NICENESS)  # before torch has threads: each has a priority of its own
         core = EngineCore.build(args, progress=_report)
     except EngineStartError as error:
         channel.send(connection, EngineFailed(str(error)))
