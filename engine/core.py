@@ -223,7 +223,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         raise EngineStartError("--quantization int8 is for --device cpu")
     with ThreadPoolExecutor(1) as compiler:
         if device.type == "cpu":
-            compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0])
+            compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
         model = load_model(folder, config, backend, dtype, device, progress)
     if device.type == "cpu":
         compiled.result()

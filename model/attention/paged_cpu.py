@@ -17,7 +17,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from model.compiled import REASSOCIATE, compile_region, exp2, parallel_region, pointer, take_next
+from model.attention.base import AttentionMetadata
+from model.compiled import REASSOCIATE, compile_region, exp2, narrow, parallel_region, pointer, take_next, widen
 
 ARGUMENTS = np.dtype(
     [
@@ -25,7 +26,8 @@ ARGUMENTS = np.dtype(
         for name in (
             *("num_sequences", "num_tokens", "num_blocks", "blocks_per_sequence"),
             *("num_heads", "num_kv_heads", "num_groups", "scratch_per_thread"),
-            *("query", "kv_layer", "block_table", "query_starts", "seq_lens", "out", "scratch"),
+            *("query", "query_stride", "key", "key_stride", "value", "value_stride", "out"),
+            *("kv_layer", "slot_mapping", "block_table", "query_starts", "seq_lens", "scratch"),
             *("next_item", "next_thread"),
         )
     ]
@@ -36,12 +38,11 @@ LOG2_E = 1.4426950408889634
 
 
 class PagedAttention:
-    """A compiled kernel for one head dimension and block size. Keeps scratch memory between calls."""
+    """A compiled kernel for one head dimension, block size and precision of activations. Keeps scratch memory."""
 
-    def __init__(self, head_dim: int, block_size: int) -> None:
-        """Compiles the kernel, once for each shape in a process: about two seconds."""
-        self.head_dim = head_dim
-        self._kernel = _compile(head_dim, block_size)
+    def __init__(self, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+        """Compiles the kernel, once for each kind: about two seconds. dtype: bfloat16 or float32."""
+        self._kernel = _compile(head_dim, block_size, dtype == torch.bfloat16)
         self._scratch = torch.empty(0)
         self._counters = np.zeros(2, dtype=np.int64)
         self._arguments = np.zeros(1, dtype=ARGUMENTS)
@@ -49,31 +50,35 @@ class PagedAttention:
     def __call__(
         self,
         query: Tensor,
+        key: Tensor,
+        value: Tensor,
         kv_layer: Tensor,
-        block_table: Tensor,
-        query_starts: Tensor,
-        seq_lens: Tensor,
+        metadata: AttentionMetadata,
         num_sequences: int,
     ) -> Tensor:
-        """Attend causally, bottom-right aligned, all queries of the first `num_sequences` sequences.
+        """The first `num_sequences` sequences: write their tokens' keys and values, attend causally, bottom-right.
 
-        query: float32 [T, H, D]; kv_layer: float32 [2, N, P, Hkv, D]; block_table: int64 [B, M];
-        query_starts: int64 [B + 1]; seq_lens: int64 [B]. All contiguous. -> [T, H, D]
+        query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: float32 [2, N, P, Hkv, D], contiguous. -> [T, H, D], of
+        which other sequences' rows are not written.
         """
+        query, key, value = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (query, key, value))
         num_threads = torch.get_num_threads()
-        num_heads, num_kv_heads = query.shape[1], kv_layer.shape[3]
-        num_groups = _num_groups(num_kv_heads, num_threads, num_sequences)
+        num_tokens, num_heads, head_dim = query.shape
+        block_table = metadata.block_table
+        num_groups = _num_groups(key.shape[1], num_threads, num_sequences)
         longest = block_table.shape[1] * kv_layer.shape[2]
-        scratch_per_thread = num_heads // num_groups * longest
+        scratch_per_thread = num_heads // num_groups * (longest + 2 * head_dim)
         if self._scratch.numel() < num_threads * scratch_per_thread:
             self._scratch = torch.empty(num_threads * scratch_per_thread)
-        out = torch.empty_like(query)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self._counters[:] = 0
         self._arguments[0] = (
-            *(num_sequences, query.shape[0], kv_layer.shape[1], block_table.shape[1]),
-            *(num_heads, num_kv_heads, num_groups, scratch_per_thread),
-            *(query.data_ptr(), kv_layer.data_ptr(), block_table.data_ptr()),
-            *(query_starts.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), self._scratch.data_ptr()),
+            *(num_sequences, num_tokens, kv_layer.shape[1], block_table.shape[1]),
+            *(num_heads, key.shape[1], num_groups, scratch_per_thread),
+            *(query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0)),
+            *(value.data_ptr(), value.stride(0), out.data_ptr()),
+            *(kv_layer.data_ptr(), metadata.slot_mapping.data_ptr(), block_table.data_ptr()),
+            *(metadata.query_starts.data_ptr(), metadata.seq_lens_device.data_ptr(), self._scratch.data_ptr()),
             *(self._counters.ctypes.data, self._counters.ctypes.data + 8),
         )
         region = parallel_region()
@@ -91,43 +96,59 @@ def _num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
 
 
 @cache
-def _compile(head_dim: int, block_size: int) -> int:
-    """-> address of a C function that takes a pointer to ARGUMENTS. Both sizes are constants to the compiler."""
+def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
+    """-> address of a C function that takes a pointer to ARGUMENTS. Constants to the compiler, these."""
     scale = LOG2_E / head_dim**0.5
+    kind = np.int16 if is_bfloat16 else np.float32
 
     @compile_region(ARGUMENTS)
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
-        width, kv_width = a.num_heads * head_dim, a.num_kv_heads * head_dim
-        query = carray(pointer(a.query), (a.num_tokens, width), np.float32)
-        out = carray(pointer(a.out), (a.num_tokens, width), np.float32)
-        kv = carray(pointer(a.kv_layer), (2, a.num_blocks * block_size * kv_width), np.float32)
+        kv_width = a.num_kv_heads * head_dim
+        query = carray(pointer(a.query), a.num_tokens * a.query_stride, kind)
+        key = carray(pointer(a.key), a.num_tokens * a.key_stride, kind)
+        value = carray(pointer(a.value), a.num_tokens * a.value_stride, kind)
+        out = carray(pointer(a.out), (a.num_tokens, a.num_heads * head_dim), kind)
+        keys_values = carray(pointer(a.kv_layer), (2, a.num_blocks * block_size * kv_width), np.float32)
+        slot_mapping = carray(pointer(a.slot_mapping), a.num_tokens, np.int64)
         block_table = carray(pointer(a.block_table), (a.num_sequences, a.blocks_per_sequence), np.int64)
         query_starts = carray(pointer(a.query_starts), a.num_sequences + 1, np.int64)
         seq_lens = carray(pointer(a.seq_lens), a.num_sequences, np.int64)
-        heads = a.num_heads // a.num_groups
-        kv_heads = a.num_kv_heads // a.num_groups
-        longest = a.blocks_per_sequence * block_size
-        thread = take_next(a.next_thread)
-        scratch = carray(pointer(a.scratch + 4 * thread * a.scratch_per_thread), (heads, longest), np.float32)
+        heads, kv_heads = a.num_heads // a.num_groups, a.num_kv_heads // a.num_groups
+        width, width_kv = heads * head_dim, kv_heads * head_dim
+        share = heads // kv_heads
+        memory = a.scratch + 4 * take_next(a.next_thread) * a.scratch_per_thread
+        scores = carray(pointer(memory), (heads, a.blocks_per_sequence * block_size), np.float32)
+        q = carray(pointer(memory + 4 * scores.size), width, np.float32)
+        o = carray(pointer(memory + 4 * (scores.size + width)), width, np.float32)
         while True:
             item = take_next(a.next_item)
             if item >= a.num_sequences * a.num_groups:
                 break
             row, group = item // a.num_groups, item % a.num_groups
-            first = group * heads * head_dim
-            shift = group * kv_heads * head_dim
-            blocks, group_size = block_table[row], heads // kv_heads
+            first, shift = group * width, group * width_kv
+            blocks = block_table[row]
             for token in range(query_starts[row], query_starts[row + 1]):
+                slot = slot_mapping[token] * kv_width + shift
+                _copy(key, token * a.key_stride + shift, keys_values[0], slot, width_kv, is_bfloat16)
+                _copy(value, token * a.value_stride + shift, keys_values[1], slot, width_kv, is_bfloat16)
+                _copy(query, token * a.query_stride + first, q, 0, width, is_bfloat16)
                 length = seq_lens[row] - (query_starts[row + 1] - 1 - token)
-                q = query[token, first : first + heads * head_dim]
-                o = out[token, first : first + heads * head_dim]
-                _score(q, kv[0], kv_width, shift, blocks, length, group_size, scratch, head_dim, block_size)
+                _score(q, keys_values[0], kv_width, shift, blocks, length, share, scores, head_dim, block_size)
                 for head in range(heads):
-                    _softmax(scratch[head, :length], np.float32(scale))
-                _sum(scratch, kv[1], kv_width, shift, blocks, length, group_size, o, head_dim, block_size)
+                    _softmax(scores[head, :length], np.float32(scale))
+                _sum(scores, keys_values[1], kv_width, shift, blocks, length, share, o, head_dim, block_size)
+                for i in range(width):
+                    out[token, first + i] = narrow(o[i]) if is_bfloat16 else o[i]
 
     return region
+
+
+@njit(inline="always")
+def _copy(source: Any, start: int, target: Any, place: int, width: int, is_bfloat16: bool) -> None:
+    """target[place:] = source[start:], as float32, `width` of them."""
+    for i in range(width):
+        target[place + i] = widen(source[start + i]) if is_bfloat16 else source[start + i]
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")
