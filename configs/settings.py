@@ -82,6 +82,11 @@ class Settings(BaseModel):
     )
     max_num_seqs: int = _setting("engine", 64, "most requests that run at once; more wait", ge=1)
     max_num_batched_tokens: int = _setting("engine", 2048, "most tokens that one step computes", ge=16)
+    enable_prefix_caching: bool = _setting(
+        "engine",
+        True,
+        "keep what is computed of prompts and answers, while there is room, for prompts that begin alike",
+    )
     gpu_memory_utilization: float = _setting(
         "engine", 0.92, "share of the GPU's memory that weights and KV cache may take", gt=0, le=1
     )

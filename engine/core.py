@@ -29,6 +29,7 @@ from engine.messages import (
     SequenceId,
 )
 from engine.model_runner import ModelRunner, StepResult
+from engine.prefix_cache import PrefixCache
 from engine.scheduler import SampledToken, Scheduler, SchedulerOutput
 from engine.sequence import Sequence, choice_seed
 from model.attention import select_backend
@@ -216,7 +217,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     num_blocks = num_kv_blocks(args, model, block_size, max_model_len)
     max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)
     scheduler = Scheduler(
-        BlockManager(num_blocks, block_size),
+        BlockManager(num_blocks, block_size, PrefixCache(block_size) if args.enable_prefix_caching else None),
         EncoderCache(max(args.encoder_cache_tokens, num_audio_tokens(MAX_AUDIO_SAMPLES))),
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,

@@ -12,8 +12,10 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 - A request with n choices is n sequences with one prompt. The first computes it, the others wait meanwhile, and
   `_fork` lets each begin where the prompt ends: it shares the prompt's full blocks and gets a copy of the last one,
   so that nobody writes to what another reads. A fork has no output, hence no state but the prompt's: whoever keeps
-  something for each sequence begins anew with it. When the last that has the prompt ends, one choice that waits
-  keeps its full blocks; they are taken back before anybody is preempted.
+  something for each sequence begins anew with it.
+- A waiting sequence begins after the blocks that the prefix cache has of it, be they another's or, after a
+  preemption, its own. Blocks are published when a token was sampled after them: logits that are numbers vouch for
+  all that they were computed from.
 """
 
 from __future__ import annotations
@@ -104,6 +106,9 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_preemptions = 0
         self._num_steps = 0
+        self._num_looked_up = 0
+        self._num_found = 0
+        """Tokens, in the prefix cache."""
 
     @property
     def has_work(self) -> bool:
@@ -119,6 +124,8 @@ class Scheduler:
             kv_cache_usage=self.blocks.usage,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
+            prefix_cache_queries=self._num_looked_up,
+            prefix_cache_hits=self._num_found,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -182,8 +189,11 @@ class Scheduler:
             sequence.num_computed_tokens += item.num_tokens
             self._release_clips(sequence, before=sequence.num_computed_tokens)
             token = sampled.get(sequence.sequence_id)
-            if token is not None:
-                outputs.append(self._fail(sequence, token.error) if token.error else self._append(sequence, token))
+            if token is not None and token.error:
+                outputs.append(self._fail(sequence, token.error))
+            elif token is not None:
+                self.blocks.publish(sequence, sequence.num_computed_tokens)
+                outputs.append(self._append(sequence, token))
         for content_hash in failed_clips:
             self.encoder_cache.drop(content_hash)
         return outputs
@@ -196,15 +206,13 @@ class Scheduler:
         assert {choice for choices in self._choices.values() for choice in choices} == set(line)
         assert sum(map(len, self._choices.values())) == len(line)
         assert all(self._choices.values()), "an ended request is remembered"
-        for request_id in {sequence.request_id for sequence in self.waiting if sequence.block_table}:
-            choices = self._choices[request_id]
-            assert sum(bool(choice.block_table) for choice in choices if choice in self.waiting) == 1
+        assert not any(sequence.block_table for sequence in self.waiting), "a sequence that waits holds blocks"
 
     def _schedule_running(self, sequence: Sequence, step: _Step) -> None:
         num_tokens = self._fit_chunk(sequence, step)
         if num_tokens == 0:
             return
-        while not self._make_room(sequence):
+        while not self.blocks.can_allocate(sequence, sequence.num_tokens):
             victim = self.running[-1]
             self._preempt(victim, step)
             if victim is sequence:
@@ -216,30 +224,32 @@ class Scheduler:
         """Start waiting sequences until one does not fit, past those whose prompt another is computing."""
         computing: str | None = None
         place = 0  # in line: those before it are passed over
-        while place < len(self.waiting) and len(self.running) < self.max_num_seqs:
+        while place < len(self.waiting) and len(self.running) < self.max_num_seqs and step.tokens_left:
             sequence = self.waiting[place]
             if sequence.request_id == computing:
                 place += 1
                 continue
-            donor = None
-            if not sequence.block_table:  # else it has kept the prompt's blocks
-                running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
-                donor = next(filter(_has_prompt, running), None)
-                if running and donor is None:
-                    computing = sequence.request_id
-                    place += 1
-                    continue
+            running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
+            donor = next(filter(_has_prompt, running), None)
+            if running and donor is None:
+                computing = sequence.request_id
+                place += 1
+                continue
             if not self._admit(sequence, donor, step):
                 return
 
     def _admit(self, sequence: Sequence, donor: Sequence | None, step: _Step) -> bool:
         """Start a waiting sequence if it fits. -> whether it did."""
-        copied = self._fork(donor, sequence) if donor else None
+        num_found = 0 if donor and not sequence.num_output_tokens else self.blocks.reuse(sequence)
+        sequence.num_computed_tokens = num_found
+        forks = donor is not None and num_found < sequence.num_prompt_tokens
+        copied = self._fork(donor, sequence) if donor and forks else None
         num_tokens = self._fit_chunk(sequence, step)
-        if num_tokens == 0 or not self._make_room(sequence):
-            if donor:
-                self._reset(sequence)
+        if num_tokens == 0 or not self.blocks.can_allocate(sequence, sequence.num_tokens):
+            self._reset(sequence)
             return False
+        if not forks:
+            self._count_found(sequence, num_found)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_rank)
         sequence.status = SequenceStatus.RUNNING
@@ -251,37 +261,23 @@ class Scheduler:
         self._plan(sequence, num_tokens, step, block_copy)
         return True
 
+    def _count_found(self, sequence: Sequence, num_found: int) -> None:
+        self._num_looked_up += sequence.num_tokens
+        self._num_found += num_found
+        if sequence.index == 0 and not sequence.num_output_tokens:  # the others look up what it has computed
+            sequence.num_cached_tokens = num_found
+
     def _fork(self, donor: Sequence, sequence: Sequence) -> int | None:
         """Let a choice begin at the prompt's last token; that one it computes itself, to sample its first from it.
 
         -> the donor's block to copy, if the prompt does not end with a full one.
         """
+        self.blocks.free(sequence)
         num_computed = sequence.num_prompt_tokens - 1
         num_full, rest = divmod(num_computed, self.blocks.block_size)
         self.blocks.share(donor, sequence, num_full)
         sequence.num_computed_tokens = num_computed
         return donor.block_table[num_full] if rest else None
-
-    def _bequeath(self, sequence: Sequence) -> None:
-        """Before `sequence` ends: if it is the last that has the prompt, the next choice keeps the full blocks."""
-        num_full = (sequence.num_prompt_tokens - 1) // self.blocks.block_size
-        choices = self._choices[sequence.request_id]
-        others = [choice for choice in choices if choice is not sequence]
-        has_prompt = sequence.num_computed_tokens >= num_full * self.blocks.block_size > 0
-        if others and has_prompt and not any(choice.block_table for choice in others):
-            heir = others[0]
-            self.blocks.share(sequence, heir, num_full)
-            heir.num_computed_tokens = num_full * self.blocks.block_size
-
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Take kept prompts back until `sequence` can hold all its tokens. -> whether it can."""
-        if not self.blocks.can_allocate(sequence, sequence.num_tokens):
-            for keeper in reversed(self.waiting):
-                if keeper.block_table and keeper is not sequence:
-                    self._reset(keeper)
-                    if self.blocks.can_allocate(sequence, sequence.num_tokens):
-                        break
-        return self.blocks.can_allocate(sequence, sequence.num_tokens)
 
     def _fit_chunk(self, sequence: Sequence, step: _Step) -> int:
         """How many tokens fit the budgets of tokens and of mel frames. May be 0."""
@@ -346,6 +342,7 @@ class Scheduler:
             logprobs=(token.logprobs,) if token.logprobs else (),
             finish_reason=reason,
             stop_token_id=token.token_id if stopped and is_stop_token else None,
+            num_cached_tokens=sequence.num_cached_tokens if sequence.num_output_tokens == 1 else 0,
             index=sequence.index,
         )
 
@@ -355,7 +352,6 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         (self.running if _runs(sequence) else self.waiting).remove(sequence)
-        self._bequeath(sequence)
         self._reset(sequence)
         sequence.status = SequenceStatus.FINISHED
         choices = self._choices[sequence.request_id]

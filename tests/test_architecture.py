@@ -35,6 +35,7 @@ TORCH_FREE_ENGINE = {
     "engine.guidance",
     "engine.input_batch",
     "engine.messages",
+    "engine.prefix_cache",
     "engine.scheduler",
     "engine.sequence",
 }
