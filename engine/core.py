@@ -216,13 +216,15 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     block_size = backend.block_sizes[0]
     num_blocks = num_kv_blocks(args, model, block_size, max_model_len)
     max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)
+    row_bytes = config.text.hidden_size * dtype.itemsize
     scheduler = Scheduler(
         BlockManager(num_blocks, block_size, PrefixCache(block_size) if args.enable_prefix_caching else None),
-        EncoderCache(max(args.encoder_cache_tokens, num_audio_tokens(MAX_AUDIO_SAMPLES))),
+        EncoderCache(max(args.encoder_cache_bytes, num_audio_tokens(MAX_AUDIO_SAMPLES) * row_bytes), row_bytes),
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_encoder_frames=max_encoder_frames,
         max_model_len=max_model_len,
+        frame_cost=config.frame_cost,
     )
     info = EngineInfo(
         max_model_len=max_model_len,

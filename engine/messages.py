@@ -201,8 +201,8 @@ class EngineArgs:
     max_num_batched_tokens: int = 2048
     max_encoder_frames: int = 12_000
     """Mel frames of new clips that one step may encode: 120 s of audio."""
-    encoder_cache_tokens: int = 16_384
-    """Audio tokens whose embeddings may stay on the device."""
+    encoder_cache_bytes: int = 128 << 20
+    """For embeddings of clips that stay on the device; at least one whole clip's are kept."""
     enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None
     """None: from `gpu_memory_utilization` on CUDA, 2 GiB at most on a CPU."""

@@ -9,19 +9,21 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
   and is recomputed later. The first in rank therefore always advances.
 - A chunk ends before a clip whose embeddings cannot be had in this step. New clips are encoded under a budget of
   mel frames a step; they are kept while a sequence needs them (see encoder_cache).
+- While something decodes, encoding draws on the budget of tokens as well, at `frame_cost` tokens a mel frame, so
+  that no answer under way ever waits longer than for a chunk. One clip a step is encoded whatever it costs.
 - A request with n choices is n sequences with one prompt. The first computes it, the others wait meanwhile, and
   `_fork` lets each begin where the prompt ends: it shares the prompt's full blocks and gets a copy of the last one,
   so that nobody writes to what another reads. A fork has no output, hence no state but the prompt's: whoever keeps
   something for each sequence begins anew with it.
-- A waiting sequence begins after the blocks that the prefix cache has of it, be they another's or, after a
-  preemption, its own. Blocks are published when a token was sampled after them: logits that are numbers vouch for
-  all that they were computed from.
+- A sequence begins after the blocks that the prefix cache has of it: another's or, after a preemption, its own. They
+  are published when a token was sampled after them: logits that are numbers vouch for all they come from.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field
+from math import ceil
 
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
@@ -75,8 +77,13 @@ class _Step:
 
     tokens_left: int
     frames_left: int
+    frame_cost: float = 0.0
     scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
     clips: list[AudioClip] = field(default_factory=list)
+
+    def cost(self, clip: AudioClip) -> int:
+        """Tokens of the budget that encoding the clip takes."""
+        return ceil(num_mel_frames(len(clip.samples)) * self.frame_cost)
 
 
 class Scheduler:
@@ -91,13 +98,16 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_encoder_frames: int,
         max_model_len: int,
+        frame_cost: float = 0.0,
     ) -> None:
+        """frame_cost: tokens that take as long to compute as a mel frame to encode (see model.config)."""
         self.blocks = blocks
         self.encoder_cache = encoder_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_encoder_frames = max_encoder_frames
         self.max_model_len = max_model_len
+        self.frame_cost = frame_cost
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         """Both in order of rank."""
@@ -156,8 +166,9 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Plan one step."""
-        step = _Step(self.max_num_batched_tokens, self.max_encoder_frames)
         decoding = [sequence for sequence in self.running if sequence.num_missing_tokens == 1]
+        frame_cost = self.frame_cost if decoding else 0.0
+        step = _Step(self.max_num_batched_tokens, self.max_encoder_frames, frame_cost)
         prefilling = [sequence for sequence in self.running if sequence.num_missing_tokens > 1]
         for sequence in decoding + prefilling:
             if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
@@ -249,7 +260,10 @@ class Scheduler:
             self._reset(sequence)
             return False
         if not forks:
-            self._count_found(sequence, num_found)
+            self._num_looked_up += sequence.num_tokens
+            self._num_found += num_found
+            if sequence.index == 0 and not sequence.num_output_tokens:  # the others find what it has computed
+                sequence.num_cached_tokens = num_found
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_rank)
         sequence.status = SequenceStatus.RUNNING
@@ -260,12 +274,6 @@ class Scheduler:
         block_copy = None if copied is None else (copied, sequence.block_table[num_shared])
         self._plan(sequence, num_tokens, step, block_copy)
         return True
-
-    def _count_found(self, sequence: Sequence, num_found: int) -> None:
-        self._num_looked_up += sequence.num_tokens
-        self._num_found += num_found
-        if sequence.index == 0 and not sequence.num_output_tokens:  # the others look up what it has computed
-            sequence.num_cached_tokens = num_found
 
     def _fork(self, donor: Sequence, sequence: Sequence) -> int | None:
         """Let a choice begin at the prompt's last token; that one it computes itself, to sample its first from it.
@@ -283,15 +291,22 @@ class Scheduler:
         """How many tokens fit the budgets of tokens and of mel frames. May be 0."""
         start = sequence.num_computed_tokens
         stop = start + min(sequence.num_missing_tokens, step.tokens_left)
-        frames_left = step.frames_left
+        frames_left, tokens_left = step.frames_left, step.tokens_left
+        is_first = not step.clips
         newly_held: dict[str, int] = {}
         for clip in sequence.clips_within(start, stop):
+            if clip.offset >= stop:
+                break
             if self.encoder_cache.is_held(clip) or clip.content_hash in newly_held:
                 continue
+            begin = max(start, clip.offset)
             if not self.encoder_cache.has(clip):
                 frames_left -= num_mel_frames(len(clip.samples))
+                tokens_left -= step.cost(clip)
+                stop = min(stop, max(start + tokens_left, begin + is_first))
+                is_first = False
             newly_held[clip.content_hash] = clip.num_tokens
-            if frames_left < 0 or not self.encoder_cache.can_hold(sum(newly_held.values())):
+            if stop <= begin or frames_left < 0 or not self.encoder_cache.can_hold(sum(newly_held.values())):
                 return max(0, clip.offset - start)
         return stop - start
 
@@ -305,8 +320,9 @@ class Scheduler:
                 self.encoder_cache.add(clip)
                 step.clips.append(clip)
                 step.frames_left -= num_mel_frames(len(clip.samples))
+                step.tokens_left = max(0, step.tokens_left - step.cost(clip))
             self.encoder_cache.hold(clip, sequence.sequence_id)
-        step.tokens_left -= num_tokens
+        step.tokens_left = max(0, step.tokens_left - num_tokens)
         samples = num_tokens == sequence.num_missing_tokens
         item = ScheduledSequence(sequence, start, num_tokens, samples, block_copy)
         step.scheduled[sequence.sequence_id] = item

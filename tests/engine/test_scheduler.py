@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from model.config import num_audio_tokens, num_mel_frames
 STOP = 1
 TEXT = 5
 BROKEN = "broken"
+ROW_BYTES = 10
 
 
 def clip(num_tokens: int, content_hash: str, offset: int = 0) -> AudioClip:
@@ -62,15 +64,15 @@ def request(
     return EngineRequest(request_id, tuple(ids), params, tuple(clips), n, priority, salt)
 
 
-def make_scheduler(*, caches: bool = False, **changes: int) -> Scheduler:
-    sizes = {
+def make_scheduler(*, caches: bool = False, **changes: Any) -> Scheduler:
+    sizes: dict[str, Any] = {
         "num_blocks": 32, "block_size": 4, "capacity": 24, "max_num_seqs": 4,
         "max_num_batched_tokens": 16, "max_encoder_frames": num_mel_frames(len(LARGEST.samples)),
         "max_model_len": 40,
     } | changes  # fmt: skip
     size = sizes.pop("block_size")
     blocks = BlockManager(sizes.pop("num_blocks"), size, PrefixCache(size) if caches else None)
-    return Scheduler(blocks, EncoderCache(sizes.pop("capacity")), **sizes)
+    return Scheduler(blocks, EncoderCache(sizes.pop("capacity") * ROW_BYTES, ROW_BYTES), **sizes)
 
 
 def add(scheduler: Scheduler, request: EngineRequest) -> Sequence:
@@ -83,6 +85,12 @@ def add_choices(scheduler: Scheduler, request: EngineRequest) -> list[Sequence]:
     for sequence in choices:
         scheduler.add(sequence)
     return choices
+
+
+def cost(scheduler: Scheduler, plan: SchedulerOutput) -> int:
+    """Of a step, in tokens."""
+    clips = [ceil(num_mel_frames(len(new.samples)) * scheduler.frame_cost) for new in plan.clips_to_encode]
+    return sum(item.num_tokens for item in plan.scheduled) + sum(clips)
 
 
 def contents(sequence: Sequence) -> list[object]:
@@ -117,7 +125,7 @@ class FakeRunner:
         self.num_computed += sum(item.num_tokens for item in plan.scheduled)
 
     def _check_cache(self, plan: SchedulerOutput) -> None:
-        assert sum(self.clips.values()) <= self.scheduler.encoder_cache.capacity
+        assert sum(self.clips.values()) * ROW_BYTES <= self.scheduler.encoder_cache.capacity
         for item in plan.scheduled:
             for needed in item.sequence.clips_within(item.start, item.start + item.num_tokens):
                 assert needed.content_hash in self.clips, "a scheduled placeholder has no embedding"
@@ -194,6 +202,7 @@ class Machine(RuleBasedStateMachine):
         extra_frames=st.integers(0, 60),
         caches=st.booleans(),
         roomy=st.booleans(),
+        frame_cost=st.sampled_from([0.0, 0.1, 0.7]),
     )
     def build(
         self,
@@ -206,6 +215,7 @@ class Machine(RuleBasedStateMachine):
         extra_frames: int,
         caches: bool,
         roomy: bool,
+        frame_cost: float,
     ) -> None:
         self.scheduler = make_scheduler(
             caches=caches,
@@ -216,6 +226,7 @@ class Machine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_encoder_frames=num_mel_frames(len(LARGEST.samples)) + extra_frames,
             max_model_len=context_blocks * block_size,
+            frame_cost=frame_cost,
         )
         self.runner = FakeRunner(self.scheduler)
         self.requests: dict[str, EngineRequest] = {}
@@ -298,7 +309,12 @@ class Machine(RuleBasedStateMachine):
         had_work = self.scheduler.has_work
         held = {name for name, part in CLIPS.items() if self.scheduler.encoder_cache.is_held(part)}
         running = [sequence.sequence_id for sequence in self.scheduler.running]
+        decodes = any(sequence.num_missing_tokens == 1 for sequence in self.scheduler.running)
         plan = self.scheduler.schedule()
+        if decodes:
+            assert (
+                len(plan.clips_to_encode) == 1 or cost(self.scheduler, plan) <= self.scheduler.max_num_batched_tokens
+            )
         self.runner.execute(plan)
         self.check_first(running, plan)
         self.check_found(running, plan)
@@ -480,6 +496,43 @@ def test_a_chunk_ends_before_a_clip_that_the_frame_budget_cannot_take() -> None:
     assert [new.content_hash for new in plan.clips_to_encode] == [LARGEST.content_hash]
     plan, _ = run(scheduler, runner)
     assert shape(plan) == {"a": (16, 3)}
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+def test_while_something_decodes_encoding_counts_as_tokens(decodes: bool) -> None:
+    """Clips of 44 frames at half a token each, a budget of 64: 1 + (22 + 12) + (22 + 7)."""
+    scheduler = make_scheduler(
+        max_num_batched_tokens=64,
+        max_encoder_frames=1000,
+        capacity=100,
+        num_blocks=64,
+        frame_cost=0.5,
+        max_num_seqs=9,
+    )
+    runner = FakeRunner(scheduler)
+    if decodes:
+        add(scheduler, request("decodes", [1], max_tokens=20))
+        run(scheduler, runner)
+    for index in range(4):
+        add(scheduler, request(f"r{index}", [clip(11, f"new {index}"), 1]))
+    plan, _ = run(scheduler, runner)
+    if not decodes:
+        assert len(plan.clips_to_encode) == 4
+        return
+    assert shape(plan) == {"decodes": (1, 1), "r0": (0, 12), "r1": (0, 7)}
+    assert cost(scheduler, plan) == 64
+
+
+def test_a_clip_that_costs_more_than_a_chunk_is_encoded_alone() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8, max_encoder_frames=1000, frame_cost=0.5)
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("decodes", [1], max_tokens=20))
+    run(scheduler, runner)
+    for name in "ab":
+        add(scheduler, request(name, [clip(5, name), 1], max_tokens=1))
+    assert shape(run(scheduler, runner)[0]) == {"decodes": (1, 1), "a": (0, 1)}
+    assert shape(run(scheduler, runner)[0]) == {"decodes": (2, 1), "a": (1, 5), "b": (0, 1)}
+    assert shape(run(scheduler, runner)[0]) == {"decodes": (3, 1), "b": (1, 5)}
 
 
 def test_the_same_clip_is_encoded_once_for_all_who_bring_it() -> None:
