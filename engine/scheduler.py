@@ -118,7 +118,6 @@ class Scheduler:
         self._num_steps = 0
         self._num_looked_up = 0
         self._num_found = 0
-        """Tokens, in the prefix cache."""
 
     @property
     def has_work(self) -> bool:
@@ -241,7 +240,7 @@ class Scheduler:
                 place += 1
                 continue
             running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
-            donor = next(filter(_has_prompt, running), None)
+            donor = next((choice for choice in running if _has_prompt(choice, step)), None)
             if running and donor is None:
                 computing = sequence.request_id
                 place += 1
@@ -395,6 +394,7 @@ def _runs(sequence: Sequence) -> bool:
     return sequence.status is SequenceStatus.RUNNING
 
 
-def _has_prompt(sequence: Sequence) -> bool:
-    """Whether another choice could begin with what it has computed: all but the prompt's last token."""
-    return sequence.num_computed_tokens >= sequence.num_prompt_tokens - 1
+def _has_prompt(sequence: Sequence, step: _Step) -> bool:
+    """Whether others could begin with what it has: all but the prompt's last token, none still to be copied."""
+    item = step.scheduled.get(sequence.sequence_id)
+    return sequence.num_computed_tokens >= sequence.num_prompt_tokens - 1 and not (item and item.block_copy)

@@ -657,6 +657,19 @@ def test_forks_share_full_blocks_and_copy_the_last() -> None:
     assert scheduler.blocks.usage == 0
 
 
+def test_a_fork_does_not_copy_what_is_itself_only_copied_in_this_step() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    first, second, third = add_choices(scheduler, request("a", [10], n=3, max_tokens=9))
+    run(scheduler, runner)
+    run(scheduler, runner)
+    for sequence in (third, first):
+        scheduler._preempt(sequence, _Step(0, 0))
+    plan, _ = run(scheduler, runner)
+    sources = [item.block_copy[0] for item in plan.scheduled if item.block_copy]
+    assert sources == [second.block_table[2]] * 2
+
+
 @pytest.mark.parametrize("length", [1, 9])
 def test_a_fork_whose_last_block_holds_one_token_copies_nothing(length: int) -> None:
     scheduler = make_scheduler(max_num_batched_tokens=64)
