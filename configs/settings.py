@@ -71,8 +71,11 @@ class Settings(BaseModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _setting(
         "engine", "auto", "precision of weights and activations"
     )
-    attention_backend: Literal["auto", "triton", "flash_attn", "torch_varlen", "reference"] = _setting(
+    attention_backend: Literal["auto", "cpu", "triton", "flash_attn", "torch_varlen", "reference"] = _setting(
         "engine", "auto", "attention kernels"
+    )
+    quantization: Literal["int8"] | None = _setting(
+        "engine", None, "int8: on a CPU, products of few rows read weights of 8 bits; default: weights as stored"
     )
     seed: int | None = _setting(
         "engine", None, "base of the seeds of requests that bring none; default: from the system", ge=0, lt=2**63
@@ -81,7 +84,35 @@ class Settings(BaseModel):
         "engine", None, "longest prompt and answer together, in tokens; default: what the checkpoint allows", ge=16
     )
     max_num_seqs: int = _setting("engine", 64, "most requests that run at once; more wait", ge=1)
-    max_num_batched_tokens: int = _setting("engine", 2048, "most tokens that one step computes", ge=16)
+    max_num_batched_tokens: int | None = _setting(
+        "engine",
+        None,
+        "most tokens that one step computes: fewer let answers flow more evenly, more begin them sooner; "
+        "default: 1024 on a GPU, 512 on a CPU",
+        ge=16,
+    )
+    long_prefill_token_threshold: int = _setting(
+        "engine",
+        1024,
+        "prompts that lack more tokens leave half of a step to shorter ones that wait; 0: first come, first served",
+        ge=0,
+    )
+    num_speculative_tokens: int = _setting(
+        "engine",
+        0,
+        "tokens that a step may guess ahead for an answer, where its last ones stood before in prompt or answer, "
+        "and verify: no answer changes; 0: off",
+        ge=0,
+        le=32,
+    )
+    prompt_lookup_min: int = _setting("engine", 2, "tokens that must have stood before for a guess", ge=1, le=64)
+    prompt_lookup_max: int = _setting(
+        "engine",
+        8,
+        "of several places the one that agrees with the most tokens is taken, at most with so many",
+        ge=1,
+        le=64,
+    )
     enable_prefix_caching: bool = _setting(
         "engine",
         True,

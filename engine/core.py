@@ -8,12 +8,15 @@ from __future__ import annotations
 import logging
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from engine.answer import SampledToken
 from engine.block_manager import BlockManager
-from engine.device import resolve_device, resolve_dtype
+from engine.device import resolve_device, resolve_dtype, resolve_token_budget
 from engine.encoder_cache import EncoderCache
 from engine.errors import EngineStartError, RequestError
 from engine.guidance import Guidance
@@ -30,8 +33,10 @@ from engine.messages import (
 )
 from engine.model_runner import ModelRunner, StepResult
 from engine.prefix_cache import PrefixCache
-from engine.scheduler import SampledToken, Scheduler, SchedulerOutput
+from engine.prompt_lookup import PromptLookup
+from engine.scheduler import Scheduler, SchedulerOutput
 from engine.sequence import Sequence, choice_seed
+from engine.speculation import Speculation
 from model.attention import select_backend
 from model.config import (
     MAX_AUDIO_SAMPLES,
@@ -40,6 +45,7 @@ from model.config import (
     Qwen2AudioConfig,
     num_audio_tokens,
 )
+from model.cpu import compile_kernels, prepare_for_cpu
 from model.errors import ModelError
 from model.loader import Progress, load_model
 
@@ -143,7 +149,7 @@ class EngineCore:
 
     def _execute_one_by_one(self, plan: SchedulerOutput) -> StepResult:
         """Computing a token again writes what it wrote before, so nothing has to be undone first."""
-        sampled: dict[SequenceId, SampledToken] = {}
+        sampled: dict[SequenceId, tuple[SampledToken, ...]] = {}
         failed_clips: set[str] = set()
         for item in plan.scheduled:
             hashes = {
@@ -154,7 +160,8 @@ class EngineCore:
                 result = self.runner.execute(SchedulerOutput((item,), clips, plan.evicted_clips))
             except Exception:
                 logger.exception("one sequence fails alone")
-                sampled[item.sequence.sequence_id] = SampledToken(0, error="the request failed inside the engine")
+                error = SampledToken(0, error="the request failed inside the engine")
+                sampled[item.sequence.sequence_id] = (error,)
                 continue
             self._num_failed_steps = 0
             sampled |= result.sampled
@@ -210,22 +217,20 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
-    backend, attention_reason = select_backend(args.attention_backend)
+    backend, attention_reason = select_backend(args.attention_backend, device)
+    token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
     max_model_len = _context_length(args, config)
-    model = load_model(folder, config, backend, dtype, device, progress)
+    if args.quantization == "int8" and device.type != "cpu":
+        raise EngineStartError("--quantization int8 is for --device cpu")
+    with ThreadPoolExecutor(1) as compiler:
+        if device.type == "cpu":
+            compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0])
+        model = load_model(folder, config, backend, dtype, device, progress)
+    if device.type == "cpu":
+        compiled.result()
+        prepare_for_cpu(model, int8=args.quantization == "int8")
     block_size = backend.block_sizes[0]
-    num_blocks = num_kv_blocks(args, model, block_size, max_model_len)
-    max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)
-    row_bytes = config.text.hidden_size * dtype.itemsize
-    scheduler = Scheduler(
-        BlockManager(num_blocks, block_size, PrefixCache(block_size) if args.enable_prefix_caching else None),
-        EncoderCache(max(args.encoder_cache_bytes, num_audio_tokens(MAX_AUDIO_SAMPLES) * row_bytes), row_bytes),
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_encoder_frames=max_encoder_frames,
-        max_model_len=max_model_len,
-        frame_cost=config.frame_cost,
-    )
+    num_blocks = num_kv_blocks(replace(args, max_num_batched_tokens=token_budget), model, block_size, max_model_len)
     info = EngineInfo(
         max_model_len=max_model_len,
         vocab_size=config.text.vocab_size,
@@ -239,13 +244,41 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         num_blocks=num_blocks,
         block_size=block_size,
         max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=token_budget,
+        max_num_batched_tokens_reason=budget_reason,
         load_seconds=time.monotonic() - started,
     )
     guidance = Guidance(
         folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
     )
     runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
-    return EngineCore(runner, scheduler, info, args.seed)
+    return EngineCore(runner, _scheduler(args, config, info, dtype), info, args.seed)
+
+
+def _scheduler(args: EngineArgs, config: Qwen2AudioConfig, info: EngineInfo, dtype: torch.dtype) -> Scheduler:
+    row_bytes = config.text.hidden_size * dtype.itemsize
+    clip_bytes = num_audio_tokens(MAX_AUDIO_SAMPLES) * row_bytes
+    prefix_cache = PrefixCache(info.block_size) if args.enable_prefix_caching else None
+    return Scheduler(
+        BlockManager(info.num_blocks, info.block_size, prefix_cache),
+        EncoderCache(max(args.encoder_cache_bytes, clip_bytes), row_bytes),
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_encoder_frames=max(args.max_encoder_frames, MAX_MEL_FRAMES),
+        max_model_len=info.max_model_len,
+        frame_cost=config.frame_cost,
+        speculation=_speculation(args, info.max_model_len),
+        long_prefill_token_threshold=args.long_prefill_token_threshold,
+    )
+
+
+def _speculation(args: EngineArgs, max_model_len: int) -> Speculation:
+    if args.prompt_lookup_min > args.prompt_lookup_max:
+        raise EngineStartError(
+            f"--prompt-lookup-min {args.prompt_lookup_min} is above --prompt-lookup-max {args.prompt_lookup_max}"
+        )
+    lookup = PromptLookup(args.prompt_lookup_min, args.prompt_lookup_max)
+    return Speculation(lookup, args.num_speculative_tokens, max_model_len)
 
 
 def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:

@@ -40,7 +40,7 @@ class InputBatch:
     first_blocks: tuple[int | None, ...]
     """Of each sequence whose blocks in use are consecutive."""
     sample_rows: Int64Array
-    """Rows of the packed output that sample, in the plan's order of those sequences."""
+    """Rows of the packed output that sample, in the plan's order of those sequences; one for each draft, and one."""
     audio_rows: tuple[AudioRows, ...]
 
 
@@ -58,12 +58,7 @@ def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
     for row, table in enumerate(tables):
         block_table[row, : len(table)] = table
     return InputBatch(
-        token_ids=np.concatenate(
-            [
-                np.asarray(item.sequence.token_ids[item.start : item.start + item.num_tokens], dtype=np.int64)
-                for item in items
-            ]
-        ),
+        token_ids=np.concatenate([np.asarray(_token_ids(item), dtype=np.int64) for item in items]),
         positions=positions,
         slot_mapping=blocks * block_size + positions % block_size,
         block_table=block_table,
@@ -72,10 +67,21 @@ def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
         num_decodes=sum(1 for length in query_lens if length == 1),
         first_blocks=tuple(_first_block(item, block_size) for item in items),
         sample_rows=np.array(
-            [end - 1 for end, item in zip(ends, items, strict=True) if item.samples], dtype=np.int64
+            [
+                row
+                for end, item in zip(ends, items, strict=True)
+                if item.samples
+                for row in range(end - 1 - len(item.draft_token_ids), end)
+            ],
+            dtype=np.int64,
         ),
         audio_rows=tuple(_audio_rows(items, ends)),
     )
+
+
+def _token_ids(item: ScheduledSequence) -> list[int]:
+    """What the plan computes of a sequence, drafts included."""
+    return item.sequence.token_ids[item.start : item.start + item.num_tokens] + list(item.draft_token_ids)
 
 
 def _first_block(item: ScheduledSequence, block_size: int) -> int | None:

@@ -149,6 +149,8 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_batched_tokens_reason: str
     load_seconds: float
 
 
@@ -166,6 +168,10 @@ class EngineStats:
     """Tokens that were looked up when sequences were admitted, since the start."""
     prefix_cache_hits: int = 0
     """Those of them that were found."""
+    num_draft_tokens: int = 0
+    """Guesses that were verified, since the engine started."""
+    num_accepted_tokens: int = 0
+    """Those that came true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +201,15 @@ class EngineArgs:
     device: str = "auto"
     dtype: str = "auto"
     attention_backend: str = "auto"
+    quantization: str | None = None
+    """"int8": see model/linear.py; on a CPU only."""
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
+    """None: what suits the device."""
+    long_prefill_token_threshold: int = 1024
+    """A sequence that lacks more tokens leaves room to others (see engine/long_lane.py). 0: none does."""
     max_encoder_frames: int = 12_000
     """Mel frames of new clips that one step may encode: 120 s of audio."""
     encoder_cache_bytes: int = 128 << 20
@@ -209,5 +220,10 @@ class EngineArgs:
     gpu_memory_utilization: float = 0.92
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores."""
+    num_speculative_tokens: int = 0
+    """Drafts that a decoding sequence may have in a step; 0: no speculative decoding."""
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 8
+    """Tokens that have to agree for what followed to be a draft, and agreement beyond which no longer one counts."""
     seed: int | None = None
     """Makes the seeds of requests that bring none repeatable, in order of arrival; None: from the system."""

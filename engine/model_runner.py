@@ -6,18 +6,20 @@ import logging
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.answer import SampledToken
 from engine.guidance import Guidance, TokenMasks
 from engine.input_batch import InputBatch, build_input_batch
 from engine.messages import AudioClip, SequenceId
+from engine.sample_row import SampleRow, sample_rows
 from engine.sampler import Sampler
-from engine.scheduler import SampledToken, SchedulerOutput
-from engine.sequence import Sequence
+from engine.scheduler import SchedulerOutput
 from model.attention import AttentionMetadata
 from model.kv_cache import allocate_kv_cache, copy_blocks, kv_cache_dtype
 from model.qwen2_audio import Qwen2Audio
@@ -29,8 +31,8 @@ logger = logging.getLogger(__name__)
 class StepResult:
     """What a plan gave."""
 
-    sampled: dict[SequenceId, SampledToken]
-    """For every sequence of the plan that samples."""
+    sampled: dict[SequenceId, tuple[SampledToken, ...]]
+    """For every sequence of the plan that samples: its next token, with drafts its next ones."""
     failed_clips: frozenset[str] = frozenset()
     """Content hashes of clips that could not be encoded."""
 
@@ -44,11 +46,10 @@ class ModelRunner:
         self.model = model
         self.guidance = guidance
         self.block_size = block_size
-        weight = model.lm_head.weight
-        self.device = weight.device
-        dtype = kv_cache_dtype(weight.dtype, weight.device)
-        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, weight.device)
-        self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, weight.device)
+        self.device = model.device
+        dtype = kv_cache_dtype(model.dtype, self.device)
+        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, self.device)
+        self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, self.device)
         self._clips: dict[str, Tensor] = {}
         """Content hash -> embeddings [A, C]."""
 
@@ -61,7 +62,7 @@ class ModelRunner:
         if not plan.scheduled:
             return StepResult({}, failed)
         copy_blocks(self.kv_cache, [item.block_copy for item in plan.scheduled if item.block_copy])
-        sampling = [item.sequence for item in plan.scheduled if item.samples]
+        sampling = sample_rows(plan)
         masks = self.guidance.fill(sampling)
         hidden = self._forward(build_input_batch(plan, self.block_size))
         return StepResult(self._sample(hidden, sampling, masks), failed)
@@ -85,17 +86,18 @@ class ModelRunner:
             block_table=self._to_device(batch.block_table),
             slot_mapping=self._to_device(batch.slot_mapping),
             seq_lens_device=torch.tensor(batch.seq_lens, device=self.device),
+            query_starts=torch.tensor(list(accumulate(batch.query_lens, initial=0)), device=self.device),
         )
         hidden = self.model(hidden, self._to_device(batch.positions), self.kv_cache, metadata)
         return hidden[self._to_device(batch.sample_rows)]
 
     def _sample(
-        self, hidden: Tensor, sequences: list[Sequence], masks: Future[TokenMasks] | None
-    ) -> dict[SequenceId, SampledToken]:
-        if not sequences:
+        self, hidden: Tensor, batch: list[SampleRow], masks: Future[TokenMasks] | None
+    ) -> dict[SequenceId, tuple[SampledToken, ...]]:
+        if not batch:
             return {}
         logits = self.model.compute_logits(hidden)
-        return self.sampler.sample(logits, sequences, masks.result() if masks else None)
+        return self.sampler.sample(logits, batch, masks.result() if masks else None)
 
     def _encode(self, clips: Rows[AudioClip]) -> frozenset[str]:
         """Fill `_clips`; when a batch breaks, find the culprit by encoding one at a time. -> hashes that failed."""

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.answer import SampledToken
 from engine.guidance import TokenMasks
 from engine.messages import SamplingParams, SequenceId, TokenLogprobs
 from engine.noise import gumbel
 from engine.penalties import PenaltyTable
-from engine.scheduler import SampledToken
-from engine.sequence import Sequence
+from engine.sample_row import SampleRow
+from engine.verification import verify
 
 MAX_PARTIAL = 1024
 """Candidates beyond which a sort of the whole vocabulary is no dearer than a selection."""
@@ -39,11 +40,11 @@ class _Rows:
 
     index: Tensor
     """int64 [R]"""
-    sequences: list[Sequence]
+    members: list[SampleRow]
 
     def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter of each row. -> [R, 1]."""
-        values = [getattr(sequence.sampling, name) for sequence in self.sequences]
+        values = [getattr(row.sampling, name) for row in self.members]
         return torch.tensor(values, dtype=dtype, device=self.index.device)[:, None]
 
 
@@ -54,39 +55,40 @@ class Sampler:
         self.penalties = PenaltyTable(max_num_seqs, vocab_size, device)
 
     def sample(
-        self, logits: Tensor, sequences: list[Sequence], masks: TokenMasks | None = None
-    ) -> dict[SequenceId, SampledToken]:
-        """One token for each sequence. logits: float32 [B, V], overwritten."""
+        self, logits: Tensor, batch: list[SampleRow], masks: TokenMasks | None = None
+    ) -> dict[SequenceId, tuple[SampledToken, ...]]:
+        """A token for each row that stands (see verification). logits: float32 [B, V], overwritten."""
         broken = logits.isnan().any(-1)
-        raw = _raw_logprobs(logits, sequences)
-        _apply_bias(logits, sequences)
-        penalised = _rows(logits, sequences, _has_penalty)
+        raw = _raw_logprobs(logits, batch)
+        _apply_bias(logits, batch)
+        penalised = _rows(logits, batch, _has_penalty)
         if penalised:
-            table_rows = self.penalties.rows(penalised.sequences)
+            table_rows = self.penalties.rows([row.sequence for row in penalised.members])
             self._apply_penalties(logits, penalised, table_rows)
         if masks:
             _apply_masks(logits, masks)
-        token_ids = _choose(logits, sequences)
+        token_ids = _choose(logits, batch)
+        stands = verify(token_ids, batch)
         if penalised:
-            self.penalties.count(table_rows, token_ids[penalised.index])
-        return _collect(sequences, token_ids, broken, raw)
+            self.penalties.count(table_rows, token_ids[penalised.index], stands[penalised.index])
+        return _collect(batch, token_ids, stands, broken, raw)
 
     def _apply_penalties(self, logits: Tensor, rows: _Rows, table_rows: Tensor) -> None:
         chosen = logits[rows.index]
         repetition = rows.column("repetition_penalty")
         scaled = torch.where(chosen < 0, chosen * repetition, chosen / repetition)
-        chosen = torch.where(self.penalties.seen(table_rows), scaled, chosen)
-        counts = self.penalties.output_counts(table_rows)
+        counts = self.penalties.output_counts(table_rows, [row.draft_token_ids for row in rows.members])
+        chosen = torch.where(self.penalties.in_prompt(table_rows) | (counts > 0), scaled, chosen)
         chosen -= rows.column("frequency_penalty") * counts + rows.column("presence_penalty") * (counts > 0)
         logits[rows.index] = chosen
 
 
-def _rows(logits: Tensor, sequences: list[Sequence], wanted: Callable[[SamplingParams], bool]) -> _Rows | None:
+def _rows(logits: Tensor, batch: list[SampleRow], wanted: Callable[[SamplingParams], bool]) -> _Rows | None:
     """Rows whose sampling parameters satisfy `wanted`, if any."""
-    index = [row for row, sequence in enumerate(sequences) if wanted(sequence.sampling)]
+    index = [row for row, sampled in enumerate(batch) if wanted(sampled.sampling)]
     if not index:
         return None
-    return _Rows(torch.tensor(index, device=logits.device), [sequences[row] for row in index])
+    return _Rows(torch.tensor(index, device=logits.device), [batch[row] for row in index])
 
 
 def _has_penalty(params: SamplingParams) -> bool:
@@ -109,14 +111,14 @@ def _is_plain(params: SamplingParams) -> bool:
     return not (_is_greedy(params) or _is_partial(params) or _is_sorted(params))
 
 
-def _apply_bias(logits: Tensor, sequences: list[Sequence]) -> None:
+def _apply_bias(logits: Tensor, batch: list[SampleRow]) -> None:
     """Add logit biases, and mask stop tokens of answers that are still too short."""
-    for row, sequence in enumerate(sequences):
-        params = sequence.sampling
+    for row, sampled in enumerate(batch):
+        params = sampled.sampling
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)
             logits[row, list(ids)] += torch.tensor(values, device=logits.device)
-        if sequence.num_output_tokens < params.min_tokens and params.stop_token_ids:
+        if sampled.num_output_tokens < params.min_tokens and params.stop_token_ids:
             logits[row, list(params.stop_token_ids)] = -math.inf
 
 
@@ -140,17 +142,17 @@ def _barred_bits(device: torch.device) -> Tensor:
     return torch.from_numpy(1 - bits).view(torch.int64)[:, 0].to(device)
 
 
-def _choose(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _choose(logits: Tensor, batch: list[SampleRow]) -> Tensor:
     """logits: [B, V] -> int64 [B]."""
     token_ids = logits.argmax(-1)
-    if rows := _rows(logits, sequences, _is_partial):
-        count = min(max(sequence.sampling.top_k for sequence in rows.sequences), logits.shape[1])
+    if rows := _rows(logits, batch, _is_partial):
+        count = min(max(row.sampling.top_k for row in rows.members), logits.shape[1])
         values, ids = logits[rows.index].topk(count)
         token_ids[rows.index] = _sample_candidates(values, ids, rows)
-    if rows := _rows(logits, sequences, _is_sorted):
+    if rows := _rows(logits, batch, _is_sorted):
         values, ids = logits[rows.index].sort(descending=True)
         token_ids[rows.index] = _sample_candidates(values, ids, rows)
-    if rows := _rows(logits, sequences, _is_plain):
+    if rows := _rows(logits, batch, _is_plain):
         values = logits[rows.index] / rows.column("temperature")
         values.masked_fill_(values < values.amax(-1, keepdim=True) + rows.column("min_p").log(), -math.inf)
         ids = torch.arange(values.shape[1], device=logits.device)[None]
@@ -174,29 +176,31 @@ def _sample_candidates(values: Tensor, ids: Tensor, rows: _Rows) -> Tensor:
 
 def _noise(rows: _Rows, ids: Tensor) -> Tensor:
     device = ids.device
-    seeds = torch.tensor([sequence.seed for sequence in rows.sequences], device=device)
-    steps = torch.tensor([sequence.num_output_tokens for sequence in rows.sequences], device=device)
+    seeds = torch.tensor([row.seed for row in rows.members], device=device)
+    steps = torch.tensor([row.num_output_tokens for row in rows.members], device=device)
     return gumbel(seeds, steps, ids)
 
 
-def _raw_logprobs(logits: Tensor, sequences: list[Sequence]) -> dict[int, Tensor]:
+def _raw_logprobs(logits: Tensor, batch: list[SampleRow]) -> dict[int, Tensor]:
     """Log-softmax of the rows that ask for logprobs, before anything is done to them."""
-    rows = _rows(logits, sequences, lambda params: params.logprobs is not None)
+    rows = _rows(logits, batch, lambda params: params.logprobs is not None)
     if rows is None:
         return {}
     return dict(zip(rows.index.tolist(), logits[rows.index].log_softmax(-1), strict=True))
 
 
 def _collect(
-    sequences: list[Sequence], token_ids: Tensor, broken: Tensor, raw: dict[int, Tensor]
-) -> dict[SequenceId, SampledToken]:
+    batch: list[SampleRow], token_ids: Tensor, stands: Tensor, broken: Tensor, raw: dict[int, Tensor]
+) -> dict[SequenceId, tuple[SampledToken, ...]]:
     """Copy to the host."""
-    ids, is_broken = torch.stack((token_ids, broken.long())).tolist()
-    sampled = {}
-    for row, sequence in enumerate(sequences):
-        logprobs = _token_logprobs(raw[row], ids[row], sequence.sampling.logprobs or 0) if row in raw else None
-        error = NOT_A_NUMBER if is_broken[row] else None
-        sampled[sequence.sequence_id] = SampledToken(ids[row], logprobs, error)
+    ids, does_stand, is_broken = torch.stack((token_ids, stands.long(), broken.long())).tolist()
+    sampled: dict[SequenceId, tuple[SampledToken, ...]] = {}
+    for row, sample in enumerate(batch):
+        if not does_stand[row]:
+            continue
+        logprobs = _token_logprobs(raw[row], ids[row], sample.sampling.logprobs or 0) if row in raw else None
+        token = SampledToken(ids[row], logprobs, NOT_A_NUMBER if is_broken[row] else None)
+        sampled[sample.sequence_id] = (*sampled.get(sample.sequence_id, ()), token)
     return sampled
 
 

@@ -7,6 +7,7 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 - A sequence is admitted only when blocks for all its tokens are free, and gets them at once.
 - When a running sequence cannot grow, the last in rank is preempted: its blocks go back, it waits in its old place,
   and is recomputed later. The first in rank therefore always advances.
+- Long prompts leave part of a step to short ones that need it (see long_lane).
 - A chunk ends before a clip whose embeddings cannot be had in this step. New clips are encoded under a budget of
   mel frames a step; they are kept while a sequence needs them (see encoder_cache).
 - While something decodes, encoding draws on the budget of tokens as well, at `frame_cost` tokens a mel frame, so
@@ -22,13 +23,16 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
+from engine.answer import SampledToken, grow
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
-from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId, TokenLogprobs
+from engine.long_lane import LongLane
+from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId
 from engine.sequence import Sequence, SequenceStatus
+from engine.speculation import NO_SPECULATION, Speculation
 from model.config import num_mel_frames
 
 MAX_SPARE = 256
@@ -46,6 +50,8 @@ class ScheduledSequence:
     """Whether the step reaches the last token, so that a new one is sampled."""
     block_copy: tuple[int, int] | None = None
     """From block, to block, in all layers, before the step writes: the copied one is this sequence's to write."""
+    draft_token_ids: tuple[int, ...] = ()
+    """Those of the tokens that are guesses: the last ones, which the sequence does not have yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +63,6 @@ class SchedulerOutput:
     clips_to_encode: tuple[AudioClip, ...] = ()
     evicted_clips: tuple[str, ...] = ()
     """Content hashes whose embeddings the runner may free."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What the runner found for a sequence that samples."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    error: str | None = None
-    """Set when this sequence alone cannot go on (its logits are not numbers, say)."""
-    complete: bool = False
-    """Whether the answer ends with it because its grammar does."""
 
 
 @dataclass(slots=True)
@@ -99,6 +93,8 @@ class Scheduler:
         max_encoder_frames: int,
         max_model_len: int,
         frame_cost: float = 0.0,
+        speculation: Speculation = NO_SPECULATION,
+        long_prefill_token_threshold: int = 0,
     ) -> None:
         """frame_cost: tokens that take as long to compute as a mel frame to encode (see model.config)."""
         self.blocks = blocks
@@ -108,9 +104,11 @@ class Scheduler:
         self.max_encoder_frames = max_encoder_frames
         self.max_model_len = max_model_len
         self.frame_cost = frame_cost
+        self.speculation = speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         """Both in order of rank."""
+        self._lane = LongLane(long_prefill_token_threshold, max_num_seqs, blocks, self.running, self.waiting)
         self._choices: dict[str, list[Sequence]] = {}
         """By request id: the choices that have not ended."""
         self._num_arrivals = 0
@@ -135,6 +133,8 @@ class Scheduler:
             num_steps=self._num_steps,
             prefix_cache_queries=self._num_looked_up,
             prefix_cache_hits=self._num_found,
+            num_draft_tokens=self.speculation.num_draft_tokens,
+            num_accepted_tokens=self.speculation.num_accepted_tokens,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -166,13 +166,15 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Plan one step."""
         decoding = [sequence for sequence in self.running if sequence.num_missing_tokens == 1]
-        frame_cost = self.frame_cost if decoding else 0.0
-        step = _Step(self.max_num_batched_tokens, self.max_encoder_frames, frame_cost)
+        step = _Step(self.max_num_batched_tokens, self.max_encoder_frames, self.frame_cost if decoding else 0.0)
+        self._lane.begin(step.scheduled)
         prefilling = [sequence for sequence in self.running if sequence.num_missing_tokens > 1]
         for sequence in decoding + prefilling:
             if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
                 self._schedule_running(sequence, step)
         self._admit_waiting(step)
+        if self.speculation.num_tokens:
+            self._plan_drafts(step)
         self._num_steps += 1
         return SchedulerOutput(
             scheduled=tuple(sorted(step.scheduled.values(), key=lambda item: item.num_tokens > 1)),
@@ -183,10 +185,13 @@ class Scheduler:
     def update(
         self,
         plan: SchedulerOutput,
-        sampled: dict[SequenceId, SampledToken],
+        sampled: dict[SequenceId, tuple[SampledToken, ...]],
         failed_clips: frozenset[str] = frozenset(),
     ) -> list[EngineOutput]:
-        """Take the step's results in. `sampled` holds one token for each sequence of the plan that samples."""
+        """Take the step's results in. `sampled` holds what each sequence of the plan that samples goes on with.
+
+        That is one token, and one more for each of its first drafts that came true.
+        """
         outputs = []
         for item in plan.scheduled:
             sequence = item.sequence
@@ -196,14 +201,17 @@ class Scheduler:
             ):
                 outputs.append(self._fail(sequence, "the model could not encode this audio"))
                 continue
-            sequence.num_computed_tokens += item.num_tokens
+            tokens = sampled.get(sequence.sequence_id)
+            output = grow(sequence, tokens, self.max_model_len) if tokens else None
+            num_rejected = self.speculation.count_rejected(len(item.draft_token_ids), output)
+            sequence.num_computed_tokens += item.num_tokens - num_rejected
             self._release_clips(sequence, before=sequence.num_computed_tokens)
-            token = sampled.get(sequence.sequence_id)
-            if token is not None and token.error:
-                outputs.append(self._fail(sequence, token.error))
-            elif token is not None:
-                self.blocks.publish(sequence, sequence.num_computed_tokens)
-                outputs.append(self._append(sequence, token))
+            if output:
+                if output.finish_reason is not FinishReason.ERROR:
+                    self.blocks.publish(sequence, sequence.num_computed_tokens)
+                outputs.append(output)
+                if output.finish_reason:
+                    self._finish(sequence)
         for content_hash in failed_clips:
             self.encoder_cache.drop(content_hash)
         return outputs
@@ -236,7 +244,7 @@ class Scheduler:
         place = 0  # in line: those before it are passed over
         while place < len(self.waiting) and len(self.running) < self.max_num_seqs and step.tokens_left:
             sequence = self.waiting[place]
-            if sequence.request_id == computing:
+            if sequence.request_id == computing or self._lane.is_closed_to(sequence):
                 place += 1
                 continue
             running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
@@ -289,7 +297,7 @@ class Scheduler:
     def _fit_chunk(self, sequence: Sequence, step: _Step) -> int:
         """How many tokens fit the budgets of tokens and of mel frames. May be 0."""
         start = sequence.num_computed_tokens
-        stop = start + min(sequence.num_missing_tokens, step.tokens_left)
+        stop = start + min(sequence.num_missing_tokens, self._lane.limit(sequence, step.tokens_left))
         frames_left, tokens_left = step.frames_left, step.tokens_left
         is_first = not step.clips
         newly_held: dict[str, int] = {}
@@ -322,9 +330,18 @@ class Scheduler:
                 step.tokens_left = max(0, step.tokens_left - step.cost(clip))
             self.encoder_cache.hold(clip, sequence.sequence_id)
         step.tokens_left = max(0, step.tokens_left - num_tokens)
+        self._lane.take(sequence, num_tokens)
         samples = num_tokens == sequence.num_missing_tokens
         item = ScheduledSequence(sequence, start, num_tokens, samples, block_copy)
         step.scheduled[sequence.sequence_id] = item
+
+    def _plan_drafts(self, step: _Step) -> None:
+        """Let decoding sequences use what the step has left."""
+        for key, item in step.scheduled.items():
+            if item.samples and item.num_tokens == 1:
+                drafts = self.speculation.draft(item.sequence, self.blocks, step.tokens_left)
+                step.tokens_left -= len(drafts)
+                step.scheduled[key] = replace(item, num_tokens=1 + len(drafts), draft_token_ids=drafts)
 
     def _preempt(self, sequence: Sequence, step: _Step) -> None:
         """Send a running sequence back to its place in the queue; it will be computed again."""
@@ -342,25 +359,6 @@ class Scheduler:
         self._release_clips(sequence)
         sequence.num_computed_tokens = 0
 
-    def _append(self, sequence: Sequence, token: SampledToken) -> EngineOutput:
-        sequence.token_ids.append(token.token_id)
-        sampling = sequence.sampling
-        is_stop_token = token.token_id in sampling.stop_token_ids
-        stopped = token.complete or (is_stop_token and sequence.num_output_tokens >= sampling.min_tokens)
-        full = sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= self.max_model_len
-        reason = FinishReason.STOP if stopped else FinishReason.LENGTH if full else None
-        if reason:
-            self._finish(sequence)
-        return EngineOutput(
-            request_id=sequence.request_id,
-            new_token_ids=(token.token_id,),
-            logprobs=(token.logprobs,) if token.logprobs else (),
-            finish_reason=reason,
-            stop_token_id=token.token_id if stopped and is_stop_token else None,
-            num_cached_tokens=sequence.num_cached_tokens if sequence.num_output_tokens == 1 else 0,
-            index=sequence.index,
-        )
-
     def _fail(self, sequence: Sequence, error: str) -> EngineOutput:
         self._finish(sequence)
         return EngineOutput(sequence.request_id, finish_reason=FinishReason.ERROR, error=error, index=sequence.index)
@@ -369,6 +367,7 @@ class Scheduler:
         (self.running if _runs(sequence) else self.waiting).remove(sequence)
         self._reset(sequence)
         sequence.status = SequenceStatus.FINISHED
+        self.speculation.release(sequence)
         choices = self._choices[sequence.request_id]
         choices.remove(sequence)
         if not choices:
@@ -395,6 +394,7 @@ def _runs(sequence: Sequence) -> bool:
 
 
 def _has_prompt(sequence: Sequence, step: _Step) -> bool:
-    """Whether others could begin with what it has: all but the prompt's last token, none still to be copied."""
+    """Whether another choice could begin with what the cache holds of it: all but the prompt's last token."""
     item = step.scheduled.get(sequence.sequence_id)
-    return sequence.num_computed_tokens >= sequence.num_prompt_tokens - 1 and not (item and item.block_copy)
+    is_copied = item is not None and item.block_copy is not None  # by this step: too late to be read
+    return sequence.num_computed_tokens >= sequence.num_prompt_tokens - 1 and not is_copied

@@ -15,11 +15,12 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.answer import SampledToken
 from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.messages import AudioClip, EngineArgs, EngineRequest, FinishReason, SequenceId
 from engine.prefix_cache import PrefixCache
-from engine.scheduler import SampledToken, Scheduler, _Step
+from engine.scheduler import Scheduler, _Step
 from engine.sequence import Sequence
 from tests.engine.test_scheduler import (
     POOL,
@@ -148,9 +149,9 @@ def test_what_failed_or_was_never_sampled_from_is_not_found(fault: str) -> None:
     plan = scheduler.schedule()
     runner.execute(plan)
     if fault == "logits":
-        scheduler.update(plan, {("a", 0): SampledToken(0, error="not a number")})
+        scheduler.update(plan, {("a", 0): (SampledToken(0, error="not a number"),)})
     elif fault == "clip":
-        scheduler.update(plan, {("a", 0): SampledToken(2)}, frozenset({CLIP.content_hash}))
+        scheduler.update(plan, {("a", 0): (SampledToken(2),)}, frozenset({CLIP.content_hash}))
         del runner.clips[CLIP.content_hash]
     else:
         scheduler.abort("a")
