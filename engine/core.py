@@ -32,6 +32,7 @@ from engine.messages import (
     SequenceId,
 )
 from engine.model_runner import ModelRunner, StepResult
+from engine.prefix_cache import PrefixCache
 from engine.prompt_lookup import PromptLookup
 from engine.scheduler import Scheduler, SchedulerOutput
 from engine.sequence import Sequence, choice_seed
@@ -230,17 +231,6 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         prepare_for_cpu(model, int8=args.quantization == "int8")
     block_size = backend.block_sizes[0]
     num_blocks = num_kv_blocks(replace(args, max_num_batched_tokens=token_budget), model, block_size, max_model_len)
-    max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)
-    scheduler = Scheduler(
-        BlockManager(num_blocks, block_size),
-        EncoderCache(max(args.encoder_cache_tokens, num_audio_tokens(MAX_AUDIO_SAMPLES))),
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=token_budget,
-        max_encoder_frames=max_encoder_frames,
-        max_model_len=max_model_len,
-        speculation=_speculation(args, max_model_len),
-        long_prefill_token_threshold=args.long_prefill_token_threshold,
-    )
     info = EngineInfo(
         max_model_len=max_model_len,
         vocab_size=config.text.vocab_size,
@@ -262,7 +252,24 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
     )
     runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
-    return EngineCore(runner, scheduler, info, args.seed)
+    return EngineCore(runner, _scheduler(args, config, info, dtype), info, args.seed)
+
+
+def _scheduler(args: EngineArgs, config: Qwen2AudioConfig, info: EngineInfo, dtype: torch.dtype) -> Scheduler:
+    row_bytes = config.text.hidden_size * dtype.itemsize
+    clip_bytes = num_audio_tokens(MAX_AUDIO_SAMPLES) * row_bytes
+    prefix_cache = PrefixCache(info.block_size) if args.enable_prefix_caching else None
+    return Scheduler(
+        BlockManager(info.num_blocks, info.block_size, prefix_cache),
+        EncoderCache(max(args.encoder_cache_bytes, clip_bytes), row_bytes),
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_encoder_frames=max(args.max_encoder_frames, MAX_MEL_FRAMES),
+        max_model_len=info.max_model_len,
+        frame_cost=config.frame_cost,
+        speculation=_speculation(args, info.max_model_len),
+        long_prefill_token_threshold=args.long_prefill_token_threshold,
+    )
 
 
 def _speculation(args: EngineArgs, max_model_len: int) -> Speculation:

@@ -30,7 +30,7 @@ def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_mode
 
 
 def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
-    """Bytes for the KV cache."""
+    """Bytes for the KV cache. On CUDA: what weights, the largest step and the encoder cache leave."""
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes
     device = model.device
@@ -44,7 +44,7 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
     elsewhere = total - free - torch.cuda.memory_reserved(device)
     needed = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
-    return int(total * args.gpu_memory_utilization) - elsewhere - needed
+    return int(total * args.gpu_memory_utilization) - elsewhere - needed - args.encoder_cache_bytes
 
 
 @torch.inference_mode()

@@ -121,7 +121,7 @@ class ModelRunner:
         for clip, rows in zip(clips, self.model.encode_audio(samples), strict=True):
             if rows.shape[0] != clip.num_tokens:
                 raise ValueError(f"{clip.num_tokens} placeholders for {rows.shape[0]} audio tokens")
-            self._clips[clip.content_hash] = rows
+            self._clips[clip.content_hash] = rows.clone()  # a view would keep all that were encoded with it
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.tensor(array).to(self.device, non_blocking=True)

@@ -10,17 +10,21 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 - Long prompts leave part of a step to short ones that need it (see long_lane).
 - A chunk ends before a clip whose embeddings cannot be had in this step. New clips are encoded under a budget of
   mel frames a step; they are kept while a sequence needs them (see encoder_cache).
+- While something decodes, encoding draws on the budget of tokens as well, at `frame_cost` tokens a mel frame, so
+  that no answer under way ever waits longer than for a chunk. One clip a step is encoded whatever it costs.
 - A request with n choices is n sequences with one prompt. The first computes it, the others wait meanwhile, and
   `_fork` lets each begin where the prompt ends: it shares the prompt's full blocks and gets a copy of the last one,
   so that nobody writes to what another reads. A fork has no output, hence no state but the prompt's: whoever keeps
-  something for each sequence begins anew with it. When the last that has the prompt ends, one choice that waits
-  keeps its full blocks; they are taken back before anybody is preempted.
+  something for each sequence begins anew with it.
+- A sequence begins after the blocks that the prefix cache has of it: another's or, after a preemption, its own. They
+  are published when a token was sampled after them: logits that are numbers vouch for all they come from.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from engine.answer import SampledToken, grow
 from engine.block_manager import BlockManager
@@ -67,8 +71,13 @@ class _Step:
 
     tokens_left: int
     frames_left: int
+    frame_cost: float = 0.0
     scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
     clips: list[AudioClip] = field(default_factory=list)
+
+    def cost(self, clip: AudioClip) -> int:
+        """Tokens of the budget that encoding the clip takes."""
+        return ceil(num_mel_frames(len(clip.samples)) * self.frame_cost)
 
 
 class Scheduler:
@@ -83,15 +92,18 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_encoder_frames: int,
         max_model_len: int,
+        frame_cost: float = 0.0,
         speculation: Speculation = NO_SPECULATION,
         long_prefill_token_threshold: int = 0,
     ) -> None:
+        """frame_cost: tokens that take as long to compute as a mel frame to encode (see model.config)."""
         self.blocks = blocks
         self.encoder_cache = encoder_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_encoder_frames = max_encoder_frames
         self.max_model_len = max_model_len
+        self.frame_cost = frame_cost
         self.speculation = speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -102,6 +114,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_preemptions = 0
         self._num_steps = 0
+        self._num_looked_up = 0
+        self._num_found = 0
 
     @property
     def has_work(self) -> bool:
@@ -117,6 +131,8 @@ class Scheduler:
             kv_cache_usage=self.blocks.usage,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
+            prefix_cache_queries=self._num_looked_up,
+            prefix_cache_hits=self._num_found,
             num_draft_tokens=self.speculation.num_draft_tokens,
             num_accepted_tokens=self.speculation.num_accepted_tokens,
         )
@@ -149,9 +165,9 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Plan one step."""
-        step = _Step(self.max_num_batched_tokens, self.max_encoder_frames)
-        self._lane.begin(step.scheduled)
         decoding = [sequence for sequence in self.running if sequence.num_missing_tokens == 1]
+        step = _Step(self.max_num_batched_tokens, self.max_encoder_frames, self.frame_cost if decoding else 0.0)
+        self._lane.begin(step.scheduled)
         prefilling = [sequence for sequence in self.running if sequence.num_missing_tokens > 1]
         for sequence in decoding + prefilling:
             if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
@@ -191,6 +207,8 @@ class Scheduler:
             sequence.num_computed_tokens += item.num_tokens - num_rejected
             self._release_clips(sequence, before=sequence.num_computed_tokens)
             if output:
+                if output.finish_reason is not FinishReason.ERROR:
+                    self.blocks.publish(sequence, sequence.num_computed_tokens)
                 outputs.append(output)
                 if output.finish_reason:
                     self._finish(sequence)
@@ -206,15 +224,13 @@ class Scheduler:
         assert {choice for choices in self._choices.values() for choice in choices} == set(line)
         assert sum(map(len, self._choices.values())) == len(line)
         assert all(self._choices.values()), "an ended request is remembered"
-        for request_id in {sequence.request_id for sequence in self.waiting if sequence.block_table}:
-            choices = self._choices[request_id]
-            assert sum(bool(choice.block_table) for choice in choices if choice in self.waiting) == 1
+        assert not any(sequence.block_table for sequence in self.waiting), "a sequence that waits holds blocks"
 
     def _schedule_running(self, sequence: Sequence, step: _Step) -> None:
         num_tokens = self._fit_chunk(sequence, step)
         if num_tokens == 0:
             return
-        while not self._make_room(sequence):
+        while not self.blocks.can_allocate(sequence, sequence.num_tokens):
             victim = self.running[-1]
             self._preempt(victim, step)
             if victim is sequence:
@@ -226,30 +242,35 @@ class Scheduler:
         """Start waiting sequences until one does not fit, past those whose prompt another is computing."""
         computing: str | None = None
         place = 0  # in line: those before it are passed over
-        while place < len(self.waiting) and len(self.running) < self.max_num_seqs:
+        while place < len(self.waiting) and len(self.running) < self.max_num_seqs and step.tokens_left:
             sequence = self.waiting[place]
             if sequence.request_id == computing or self._lane.is_closed_to(sequence):
                 place += 1
                 continue
-            donor = None
-            if not sequence.block_table:  # else it has kept the prompt's blocks
-                running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
-                donor = next((choice for choice in running if _has_prompt(choice, step)), None)
-                if running and donor is None:
-                    computing = sequence.request_id
-                    place += 1
-                    continue
+            running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
+            donor = next((choice for choice in running if _has_prompt(choice, step)), None)
+            if running and donor is None:
+                computing = sequence.request_id
+                place += 1
+                continue
             if not self._admit(sequence, donor, step):
                 return
 
     def _admit(self, sequence: Sequence, donor: Sequence | None, step: _Step) -> bool:
         """Start a waiting sequence if it fits. -> whether it did."""
-        copied = self._fork(donor, sequence) if donor else None
+        num_found = 0 if donor and not sequence.num_output_tokens else self.blocks.reuse(sequence)
+        sequence.num_computed_tokens = num_found
+        forks = donor is not None and num_found < sequence.num_prompt_tokens
+        copied = self._fork(donor, sequence) if donor and forks else None
         num_tokens = self._fit_chunk(sequence, step)
-        if num_tokens == 0 or not self._make_room(sequence):
-            if donor:
-                self._reset(sequence)
+        if num_tokens == 0 or not self.blocks.can_allocate(sequence, sequence.num_tokens):
+            self._reset(sequence)
             return False
+        if not forks:
+            self._num_looked_up += sequence.num_tokens
+            self._num_found += num_found
+            if sequence.index == 0 and not sequence.num_output_tokens:  # the others find what it has computed
+                sequence.num_cached_tokens = num_found
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_rank)
         sequence.status = SequenceStatus.RUNNING
@@ -266,46 +287,33 @@ class Scheduler:
 
         -> the donor's block to copy, if the prompt does not end with a full one.
         """
+        self.blocks.free(sequence)
         num_computed = sequence.num_prompt_tokens - 1
         num_full, rest = divmod(num_computed, self.blocks.block_size)
         self.blocks.share(donor, sequence, num_full)
         sequence.num_computed_tokens = num_computed
         return donor.block_table[num_full] if rest else None
 
-    def _bequeath(self, sequence: Sequence) -> None:
-        """Before `sequence` ends: if it is the last that has the prompt, the next choice keeps the full blocks."""
-        num_full = (sequence.num_prompt_tokens - 1) // self.blocks.block_size
-        choices = self._choices[sequence.request_id]
-        others = [choice for choice in choices if choice is not sequence]
-        has_prompt = sequence.num_computed_tokens >= num_full * self.blocks.block_size > 0
-        if others and has_prompt and not any(choice.block_table for choice in others):
-            heir = others[0]
-            self.blocks.share(sequence, heir, num_full)
-            heir.num_computed_tokens = num_full * self.blocks.block_size
-
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Take kept prompts back until `sequence` can hold all its tokens. -> whether it can."""
-        if not self.blocks.can_allocate(sequence, sequence.num_tokens):
-            for keeper in reversed(self.waiting):
-                if keeper.block_table and keeper is not sequence:
-                    self._reset(keeper)
-                    if self.blocks.can_allocate(sequence, sequence.num_tokens):
-                        break
-        return self.blocks.can_allocate(sequence, sequence.num_tokens)
-
     def _fit_chunk(self, sequence: Sequence, step: _Step) -> int:
         """How many tokens fit the budgets of tokens and of mel frames. May be 0."""
         start = sequence.num_computed_tokens
         stop = start + min(sequence.num_missing_tokens, self._lane.limit(sequence, step.tokens_left))
-        frames_left = step.frames_left
+        frames_left, tokens_left = step.frames_left, step.tokens_left
+        is_first = not step.clips
         newly_held: dict[str, int] = {}
         for clip in sequence.clips_within(start, stop):
+            if clip.offset >= stop:
+                break
             if self.encoder_cache.is_held(clip) or clip.content_hash in newly_held:
                 continue
+            begin = max(start, clip.offset)
             if not self.encoder_cache.has(clip):
                 frames_left -= num_mel_frames(len(clip.samples))
+                tokens_left -= step.cost(clip)
+                stop = min(stop, max(start + tokens_left, begin + is_first))
+                is_first = False
             newly_held[clip.content_hash] = clip.num_tokens
-            if frames_left < 0 or not self.encoder_cache.can_hold(sum(newly_held.values())):
+            if stop <= begin or frames_left < 0 or not self.encoder_cache.can_hold(sum(newly_held.values())):
                 return max(0, clip.offset - start)
         return stop - start
 
@@ -319,8 +327,9 @@ class Scheduler:
                 self.encoder_cache.add(clip)
                 step.clips.append(clip)
                 step.frames_left -= num_mel_frames(len(clip.samples))
+                step.tokens_left = max(0, step.tokens_left - step.cost(clip))
             self.encoder_cache.hold(clip, sequence.sequence_id)
-        step.tokens_left -= num_tokens
+        step.tokens_left = max(0, step.tokens_left - num_tokens)
         self._lane.take(sequence, num_tokens)
         samples = num_tokens == sequence.num_missing_tokens
         item = ScheduledSequence(sequence, start, num_tokens, samples, block_copy)
@@ -356,7 +365,6 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         (self.running if _runs(sequence) else self.waiting).remove(sequence)
-        self._bequeath(sequence)
         self._reset(sequence)
         sequence.status = SequenceStatus.FINISHED
         self.speculation.release(sequence)

@@ -169,8 +169,8 @@ def test_alone_32_greedy_tokens_and_their_logits(
         {"max_num_batched_tokens": 64},
         {"max_num_batched_tokens": 512},
         {"max_num_seqs": 3},
-        {"max_encoder_frames": 3000, "encoder_cache_tokens": 750},
-        {"max_num_batched_tokens": 23, "encoder_cache_tokens": 750},
+        {"max_encoder_frames": 3000, "encoder_cache_bytes": 0},
+        {"max_num_batched_tokens": 23, "encoder_cache_bytes": 0},
     ],
     ids=str,
 )
