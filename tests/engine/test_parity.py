@@ -142,7 +142,7 @@ def record_prefill(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> list[to
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prefill_logits_at_every_position(expected: Expected, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    core = EngineCore.build(args_of(expected.folder))
+    core = EngineCore.build(args_of(expected.folder, max_num_batched_tokens=2048))
     rows = record_prefill(core, monkeypatch)
     core.add_request(request_of(name, max_tokens=1, min_tokens=1))
     core.step()
