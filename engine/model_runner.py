@@ -21,7 +21,7 @@ from engine.sample_row import SampleRow, sample_rows
 from engine.sampler import Sampler
 from engine.scheduler import SchedulerOutput
 from model.attention import AttentionMetadata
-from model.kv_cache import allocate_kv_cache, copy_blocks, kv_cache_dtype
+from model.kv_cache import allocate_kv_cache, copy_blocks
 from model.qwen2_audio import Qwen2Audio
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,9 @@ class ModelRunner:
         self.guidance = guidance
         self.block_size = block_size
         self.device = model.device
-        dtype = kv_cache_dtype(model.dtype, self.device)
-        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, self.device)
+        self.kv_cache = allocate_kv_cache(
+            model.config.text, num_blocks, block_size, model.kv_cache_dtype, self.device
+        )
         self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, self.device)
         self._clips: dict[str, Tensor] = {}
         """Content hash -> embeddings [A, C]."""

@@ -4,7 +4,8 @@ torch's attention takes one sequence a call and is, at one query, far from the s
 sequences of a step are one parallel region a layer, and blocks are read where they lie. A work item is a sequence
 and a group of its heads: scores of all its keys go to scratch, then through a softmax, then the values are summed.
 Keys and values are read token by token, all heads of the group side by side, as they lie in memory: head by head
-takes twice as long. All arithmetic is float32; what is not a number stays so.
+takes twice as long. All arithmetic is float32, whatever
+the cache holds; what is not a number stays so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata
-from model.compiled import REASSOCIATE, compile_region, exp2, narrow, parallel_region, pointer, take_next, widen
+from model.compiled import REASSOCIATE, as_float32, compile_region, exp2, narrow, parallel_region, pointer, take_next
 
 ARGUMENTS = np.dtype(
     [
@@ -58,8 +59,8 @@ class PagedAttention:
     ) -> Tensor:
         """The first `num_sequences` sequences: write their tokens' keys and values, attend causally, bottom-right.
 
-        query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: float32 [2, N, P, Hkv, D], contiguous. -> [T, H, D], of
-        which other sequences' rows are not written.
+        query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D], contiguous; all of one dtype.
+        -> [T, H, D], of which other sequences' rows are not written.
         """
         query, key, value = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (query, key, value))
         num_threads = torch.get_num_threads()
@@ -109,7 +110,7 @@ def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
         key = carray(pointer(a.key), a.num_tokens * a.key_stride, kind)
         value = carray(pointer(a.value), a.num_tokens * a.value_stride, kind)
         out = carray(pointer(a.out), (a.num_tokens, a.num_heads * head_dim), kind)
-        keys_values = carray(pointer(a.kv_layer), (2, a.num_blocks * block_size * kv_width), np.float32)
+        keys_values = carray(pointer(a.kv_layer), (2, a.num_blocks * block_size * kv_width), kind)
         slot_mapping = carray(pointer(a.slot_mapping), a.num_tokens, np.int64)
         block_table = carray(pointer(a.block_table), (a.num_sequences, a.blocks_per_sequence), np.int64)
         query_starts = carray(pointer(a.query_starts), a.num_sequences + 1, np.int64)
@@ -130,9 +131,11 @@ def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
             blocks = block_table[row]
             for token in range(query_starts[row], query_starts[row + 1]):
                 slot = slot_mapping[token] * kv_width + shift
-                _copy(key, token * a.key_stride + shift, keys_values[0], slot, width_kv, is_bfloat16)
-                _copy(value, token * a.value_stride + shift, keys_values[1], slot, width_kv, is_bfloat16)
-                _copy(query, token * a.query_stride + first, q, 0, width, is_bfloat16)
+                for i in range(width_kv):
+                    keys_values[0, slot + i] = key[token * a.key_stride + shift + i]
+                    keys_values[1, slot + i] = value[token * a.value_stride + shift + i]
+                for i in range(width):
+                    q[i] = as_float32(query[token * a.query_stride + first + i])
                 length = seq_lens[row] - (query_starts[row + 1] - 1 - token)
                 _score(q, keys_values[0], kv_width, shift, blocks, length, share, scores, head_dim, block_size)
                 for head in range(heads):
@@ -142,13 +145,6 @@ def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
                     out[token, first + i] = narrow(o[i]) if is_bfloat16 else o[i]
 
     return region
-
-
-@njit(inline="always")
-def _copy(source: Any, start: int, target: Any, place: int, width: int, is_bfloat16: bool) -> None:
-    """target[place:] = source[start:], as float32, `width` of them."""
-    for i in range(width):
-        target[place + i] = widen(source[start + i]) if is_bfloat16 else source[start + i]
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")
@@ -173,7 +169,7 @@ def _score(
             q = query[head * head_dim : (head + 1) * head_dim]
             dot = np.float32(0)
             for d in range(head_dim):
-                dot += q[d] * key[d]
+                dot += q[d] * as_float32(key[d])
             scores[head, i] = dot
 
 
@@ -200,7 +196,7 @@ def _sum(
             o = out[head * head_dim : (head + 1) * head_dim]
             weight = weights[head, i]
             for d in range(head_dim):
-                o[d] += weight * value[d]
+                o[d] += weight * as_float32(value[d])
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")
