@@ -8,6 +8,9 @@ On a CPU:
   returned, each is mapped and zeroed anew by the kernel.
 - Memory asks for huge pages (`GLIBC_TUNABLES`): weights are read whole for every token, and a tenth of that
   time goes into looking up pages of 4 KiB.
+- Generated code is forgotten (`ONEDNN_*`, and `LRU_CACHE_CAPACITY` of the layer above it). oneDNN generates code for
+  every size of a product that it meets, about 0.5 MB each, and would keep 1,024 of them twice: a server that meets
+  prompts of all lengths grows by a gigabyte. Generating one anew takes 0.3 ms.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ CPU_ENGINE = {
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+    "LRU_CACHE_CAPACITY": "256",
 }
 
 
