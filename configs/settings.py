@@ -82,6 +82,12 @@ class Settings(BaseModel):
     )
     max_num_seqs: int = _setting("engine", 64, "most requests that run at once; more wait", ge=1)
     max_num_batched_tokens: int = _setting("engine", 2048, "most tokens that one step computes", ge=16)
+    async_scheduling: bool | None = _setting(
+        "engine",
+        None,
+        "prepare a step while the device computes the one before; default: on CUDA only, as a CPU has nothing to "
+        "spare meanwhile",
+    )
     gpu_memory_utilization: float = _setting(
         "engine", 0.92, "share of the GPU's memory that weights and KV cache may take", gt=0, le=1
     )

@@ -27,7 +27,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from engine.messages import SequenceId
-from engine.scheduler import SampledToken
+from engine.plan import SampledToken
 from engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)

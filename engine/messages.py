@@ -148,6 +148,8 @@ class EngineInfo:
     block_size: int
     max_num_seqs: int
     load_seconds: float
+    async_scheduling: bool = False
+    """Whether steps overlap (see engine/core.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,8 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = None
     """None: from `gpu_memory_utilization` on CUDA, 2 GiB at most on a CPU."""
     gpu_memory_utilization: float = 0.92
+    async_scheduling: bool | None = None
+    """Prepare a step while the one before computes. None: on CUDA, where the device computes beside the host."""
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores."""
     seed: int | None = None

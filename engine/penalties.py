@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.device import to_device
 from engine.messages import SequenceId
 from engine.sequence import Sequence, SequenceStatus
 
@@ -30,7 +31,7 @@ class PenaltyTable:
 
     def rows(self, sequences: list[Sequence]) -> Tensor:
         """Row of each sequence, made on first sight. -> int64 [R]."""
-        return torch.tensor([self._row(sequence) for sequence in sequences], device=self._device)
+        return to_device([self._row(sequence) for sequence in sequences], self._device)
 
     def seen(self, rows: Tensor) -> Tensor:
         """Tokens in prompt or output. rows: [R] -> bool [R, V]."""
@@ -63,10 +64,9 @@ class PenaltyTable:
             self.release(next(idle).sequence_id)
         row = self._row_of[sequence.sequence_id] = self._free.pop()
         self._owners[sequence.sequence_id] = sequence
-        prompt = torch.tensor(sequence.request.prompt_token_ids, device=self._device)
-        self._in_prompt[row].fill_(False)[prompt] = True
-        output = torch.tensor(
-            sequence.token_ids[sequence.num_prompt_tokens :], dtype=torch.int64, device=self._device
-        )
-        self._output_counts[row] = torch.bincount(output, minlength=self._shape[1])
+        prompt = to_device(sequence.request.prompt_token_ids, self._device)
+        self._in_prompt[row].fill_(False).index_fill_(0, prompt, True)
+        output = to_device(sequence.token_ids[sequence.num_prompt_tokens :], self._device, torch.int64)
+        ones = torch.ones_like(output, dtype=torch.int32)
+        self._output_counts[row].zero_().index_put_((output,), ones, accumulate=True)
         return row

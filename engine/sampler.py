@@ -1,4 +1,4 @@
-"""Logits -> tokens. All rows stay on the device until one copy at the end; parameters are known on the host.
+"""Logits -> tokens. Nothing here waits for the device: parameters go there, and `SampledBatch` brings tokens back.
 
 Order of operations, as in transformers: logit bias and stop-token mask, repetition penalty, presence and frequency
 penalties, a grammar's mask, temperature, top-k, top-p, min-p, then a sample by the Gumbel trick. Logprobs are of the
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.device import HostCopy, to_device
 from engine.guidance import TokenMasks
 from engine.messages import SamplingParams, SequenceId, TokenLogprobs
 from engine.noise import gumbel
 from engine.penalties import PenaltyTable
-from engine.scheduler import SampledToken
+from engine.plan import SampledToken
 from engine.sequence import Sequence
 
 MAX_PARTIAL = 1024
@@ -44,7 +45,32 @@ class _Rows:
     def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter of each row. -> [R, 1]."""
         values = [getattr(sequence.sampling, name) for sequence in self.sequences]
-        return torch.tensor(values, dtype=dtype, device=self.index.device)[:, None]
+        return to_device(values, self.index.device, dtype)[:, None]
+
+
+class SampledBatch:
+    """What was sampled for a batch: on the device at once, on the host when `result` is asked for."""
+
+    def __init__(
+        self, sequences: list[Sequence], token_ids: Tensor, broken: Tensor, logprobs: tuple[Tensor, ...] = ()
+    ) -> None:
+        """token_ids: int64 [B]; broken: bool [B]; logprobs: those of `_logprobs`."""
+        self.token_ids = token_ids
+        self.row_of = {sequence.sequence_id: row for row, sequence in enumerate(sequences)}
+        self._sequences = sequences
+        self._copy = HostCopy(torch.stack((token_ids, broken.long())), *logprobs)
+
+    def result(self) -> dict[SequenceId, SampledToken]:
+        """One token for each sequence. Waits for the device."""
+        tokens, *logprobs = (tensor.tolist() for tensor in self._copy.wait())
+        rows_of_logprobs = zip(*logprobs, strict=True)
+        sampled = {}
+        for sequence, token_id, is_broken in zip(self._sequences, *tokens, strict=True):
+            count = sequence.sampling.logprobs
+            told = None if count is None else _token_logprobs(token_id, count, *next(rows_of_logprobs))
+            error = NOT_A_NUMBER if is_broken else None
+            sampled[sequence.sequence_id] = SampledToken(token_id, told, error)
+        return sampled
 
 
 class Sampler:
@@ -53,12 +79,11 @@ class Sampler:
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self.penalties = PenaltyTable(max_num_seqs, vocab_size, device)
 
-    def sample(
-        self, logits: Tensor, sequences: list[Sequence], masks: TokenMasks | None = None
-    ) -> dict[SequenceId, SampledToken]:
+    def sample(self, logits: Tensor, sequences: list[Sequence], masks: TokenMasks | None = None) -> SampledBatch:
         """One token for each sequence. logits: float32 [B, V], overwritten."""
         broken = logits.isnan().any(-1)
-        raw = _raw_logprobs(logits, sequences)
+        asking = _rows(logits, sequences, _wants_logprobs)
+        raw = logits[asking.index].log_softmax(-1) if asking else None
         _apply_bias(logits, sequences)
         penalised = _rows(logits, sequences, _has_penalty)
         if penalised:
@@ -69,7 +94,8 @@ class Sampler:
         token_ids = _choose(logits, sequences)
         if penalised:
             self.penalties.count(table_rows, token_ids[penalised.index])
-        return _collect(sequences, token_ids, broken, raw)
+        logprobs = _logprobs(raw, token_ids, asking) if asking and raw is not None else ()
+        return SampledBatch(sequences, token_ids, broken, logprobs)
 
     def _apply_penalties(self, logits: Tensor, rows: _Rows, table_rows: Tensor) -> None:
         chosen = logits[rows.index]
@@ -86,11 +112,15 @@ def _rows(logits: Tensor, sequences: list[Sequence], wanted: Callable[[SamplingP
     index = [row for row, sequence in enumerate(sequences) if wanted(sequence.sampling)]
     if not index:
         return None
-    return _Rows(torch.tensor(index, device=logits.device), [sequences[row] for row in index])
+    return _Rows(to_device(index, logits.device), [sequences[row] for row in index])
 
 
 def _has_penalty(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _wants_logprobs(params: SamplingParams) -> bool:
+    return params.logprobs is not None
 
 
 def _is_greedy(params: SamplingParams) -> bool:
@@ -111,22 +141,28 @@ def _is_plain(params: SamplingParams) -> bool:
 
 def _apply_bias(logits: Tensor, sequences: list[Sequence]) -> None:
     """Add logit biases, and mask stop tokens of answers that are still too short."""
+    biases, barred = [], []
     for row, sequence in enumerate(sequences):
         params = sequence.sampling
-        if params.logit_bias:
-            ids, values = zip(*params.logit_bias, strict=True)
-            logits[row, list(ids)] += torch.tensor(values, device=logits.device)
-        if sequence.num_output_tokens < params.min_tokens and params.stop_token_ids:
-            logits[row, list(params.stop_token_ids)] = -math.inf
+        biases += [(row, token_id, bias) for token_id, bias in params.logit_bias]
+        if params.min_tokens and sequence.num_output_tokens < params.min_tokens:
+            barred += [(row, token_id) for token_id in params.stop_token_ids]
+    if biases:
+        rows, ids, values = zip(*biases, strict=True)
+        index = to_device((rows, ids), logits.device)
+        logits.index_put_((index[0], index[1]), to_device(values, logits.device, logits.dtype), accumulate=True)
+    if barred:
+        index = to_device(tuple(zip(*barred, strict=True)), logits.device)
+        logits.index_put_((index[0], index[1]), logits.new_full((), -math.inf))
 
 
 def _apply_masks(logits: Tensor, masks: TokenMasks) -> None:
     """Leave the rows of grammars only what these allow."""
     device = logits.device
-    packed = torch.from_numpy(masks.allowed).to(device, non_blocking=True)
+    packed = to_device(masks.allowed, device)
     barred = _barred_bits(device)[packed.long()].view(torch.bool)[:, : logits.shape[1]]
     if len(masks.rows) < logits.shape[0]:  # filling bools is cheaper than gathering logits
-        rows = torch.tensor(masks.rows, device=device)
+        rows = to_device(masks.rows, device)
         barred = torch.zeros_like(logits, dtype=torch.bool).index_copy_(0, rows, barred)
     logits.masked_fill_(barred, -math.inf)
     for row, token_id in masks.forced:
@@ -174,34 +210,19 @@ def _sample_candidates(values: Tensor, ids: Tensor, rows: _Rows) -> Tensor:
 
 def _noise(rows: _Rows, ids: Tensor) -> Tensor:
     device = ids.device
-    seeds = torch.tensor([sequence.seed for sequence in rows.sequences], device=device)
-    steps = torch.tensor([sequence.num_output_tokens for sequence in rows.sequences], device=device)
+    seeds = to_device([sequence.seed for sequence in rows.sequences], device)
+    steps = to_device([sequence.num_output_tokens for sequence in rows.sequences], device)
     return gumbel(seeds, steps, ids)
 
 
-def _raw_logprobs(logits: Tensor, sequences: list[Sequence]) -> dict[int, Tensor]:
-    """Log-softmax of the rows that ask for logprobs, before anything is done to them."""
-    rows = _rows(logits, sequences, lambda params: params.logprobs is not None)
-    if rows is None:
-        return {}
-    return dict(zip(rows.index.tolist(), logits[rows.index].log_softmax(-1), strict=True))
+def _logprobs(raw: Tensor, token_ids: Tensor, asking: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the sampled tokens, [R], and of the K most likely, values and ids [R, K]. raw: [R, V]."""
+    chosen = raw.gather(1, token_ids[asking.index, None])[:, 0]
+    values, ids = raw.topk(max(sequence.sampling.logprobs or 0 for sequence in asking.sequences))
+    return chosen, values, ids
 
 
-def _collect(
-    sequences: list[Sequence], token_ids: Tensor, broken: Tensor, raw: dict[int, Tensor]
-) -> dict[SequenceId, SampledToken]:
-    """Copy to the host."""
-    ids, is_broken = torch.stack((token_ids, broken.long())).tolist()
-    sampled = {}
-    for row, sequence in enumerate(sequences):
-        logprobs = _token_logprobs(raw[row], ids[row], sequence.sampling.logprobs or 0) if row in raw else None
-        error = NOT_A_NUMBER if is_broken[row] else None
-        sampled[sequence.sequence_id] = SampledToken(ids[row], logprobs, error)
-    return sampled
-
-
-def _token_logprobs(logprobs: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """logprobs: [V]."""
-    values, ids = logprobs.topk(num_top)
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
+def _token_logprobs(
+    token_id: int, num_top: int, chosen: float, values: list[float], ids: list[int]
+) -> TokenLogprobs:
+    return TokenLogprobs(token_id, chosen, tuple(zip(ids[:num_top], values[:num_top], strict=True)))

@@ -14,6 +14,8 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
   so that nobody writes to what another reads. A fork has no output, hence no state but the prompt's: whoever keeps
   something for each sequence begins anew with it. When the last that has the prompt ends, one choice that waits
   keeps its full blocks; they are taken back before anybody is preempted.
+- A step may be planned before the result of the one before it is known: see `schedule`. What that one samples counts
+  as a token whose value is not known yet. A sequence that the result then ends has a wasted place in the plan.
 """
 
 from __future__ import annotations
@@ -23,48 +25,13 @@ from dataclasses import dataclass, field
 
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
-from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId, TokenLogprobs
+from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId
+from engine.plan import SampledToken, ScheduledSequence, SchedulerOutput
 from engine.sequence import Sequence, SequenceStatus
 from model.config import num_mel_frames
 
 MAX_SPARE = 256
 """Tokens of the answer for which a sequence gets blocks ahead, while memory is plenty."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """Compute tokens [start, start + num_tokens) of a sequence in this step."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-    """Whether the step reaches the last token, so that a new one is sampled."""
-    block_copy: tuple[int, int] | None = None
-    """From block, to block, in all layers, before the step writes: the copied one is this sequence's to write."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """The plan of one step."""
-
-    scheduled: tuple[ScheduledSequence, ...] = ()
-    """Those with one token first: the attention backends count on it."""
-    clips_to_encode: tuple[AudioClip, ...] = ()
-    evicted_clips: tuple[str, ...] = ()
-    """Content hashes whose embeddings the runner may free."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What the runner found for a sequence that samples."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    error: str | None = None
-    """Set when this sequence alone cannot go on (its logits are not numbers, say)."""
-    complete: bool = False
-    """Whether the answer ends with it because its grammar does."""
 
 
 @dataclass(slots=True)
@@ -104,6 +71,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_preemptions = 0
         self._num_steps = 0
+        self._assumed: SchedulerOutput | None = None
+        """A plan without a result that `schedule` has counted as computed."""
 
     @property
     def has_work(self) -> bool:
@@ -147,16 +116,20 @@ class Scheduler:
             self._finish(sequence)
         return [sequence.sequence_id for sequence in ended]
 
-    def schedule(self) -> SchedulerOutput:
-        """Plan one step."""
+    def schedule(self, in_flight: SchedulerOutput | None = None) -> SchedulerOutput:
+        """Plan one step; it may follow on one in flight, whose `update` must come before the next `schedule`."""
+        assert self._assumed is None, "one step at most is in flight"
+        if in_flight:
+            self._assume(in_flight)
         step = _Step(self.max_num_batched_tokens, self.max_encoder_frames)
-        decoding = [sequence for sequence in self.running if sequence.num_missing_tokens == 1]
-        prefilling = [sequence for sequence in self.running if sequence.num_missing_tokens > 1]
+        going_on = [one for one in self.running if not (one.num_pending_tokens and self._is_full(one))]
+        decoding = [sequence for sequence in going_on if sequence.num_missing_tokens == 1]
+        prefilling = [sequence for sequence in going_on if sequence.num_missing_tokens > 1]
         for sequence in decoding + prefilling:
             if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
                 self._schedule_running(sequence, step)
         self._admit_waiting(step)
-        self._num_steps += 1
+        self._num_steps += bool(step.scheduled)
         return SchedulerOutput(
             scheduled=tuple(sorted(step.scheduled.values(), key=lambda item: item.num_tokens > 1)),
             clips_to_encode=tuple(step.clips),
@@ -169,24 +142,40 @@ class Scheduler:
         sampled: dict[SequenceId, SampledToken],
         failed_clips: frozenset[str] = frozenset(),
     ) -> list[EngineOutput]:
-        """Take the step's results in. `sampled` holds one token for each sequence of the plan that samples."""
-        outputs = []
+        """Take the step's results in. `sampled` holds one token for each sequence of the plan that samples.
+
+        Sequences that have ended since the step was planned are passed over.
+        """
+        is_assumed, self._assumed = plan is self._assumed, None
+        outputs = [
+            self._fail(sequence, "the model could not encode this audio")
+            for sequence in self._readers(failed_clips, with_choices=is_assumed)
+        ]
         for item in plan.scheduled:
             sequence = item.sequence
-            if failed_clips and any(
-                clip.content_hash in failed_clips
-                for clip in sequence.clips_within(item.start, item.start + item.num_tokens)
-            ):
-                outputs.append(self._fail(sequence, "the model could not encode this audio"))
+            if sequence.status is SequenceStatus.FINISHED:
                 continue
-            sequence.num_computed_tokens += item.num_tokens
-            self._release_clips(sequence, before=sequence.num_computed_tokens)
+            sequence.num_computed_tokens += 0 if is_assumed else item.num_tokens
+            sequence.num_pending_tokens = 0
+            if item.start < sequence.end_of_clips:
+                clips = sequence.request.clips
+                self.encoder_cache.release(clips, sequence.sequence_id, before=sequence.num_computed_tokens)
             token = sampled.get(sequence.sequence_id)
             if token is not None:
                 outputs.append(self._fail(sequence, token.error) if token.error else self._append(sequence, token))
         for content_hash in failed_clips:
             self.encoder_cache.drop(content_hash)
         return outputs
+
+    def recompute_all(self) -> None:
+        """The steps in flight have failed: compute all that runs again, from what is known for sure."""
+        while self.running:
+            self._preempt(self.running[-1], _Step(0, 0))
+        for sequence in self.waiting:
+            self._reset(sequence)
+            sequence.num_pending_tokens = 0
+        self.encoder_cache.clear()
+        self._assumed = None
 
     def check_integrity(self) -> None:
         """Nothing is lost or held twice. Raises AssertionError."""
@@ -199,6 +188,21 @@ class Scheduler:
         for request_id in {sequence.request_id for sequence in self.waiting if sequence.block_table}:
             choices = self._choices[request_id]
             assert sum(bool(choice.block_table) for choice in choices if choice in self.waiting) == 1
+
+    def _assume(self, plan: SchedulerOutput) -> None:
+        """Count a plan in flight as computed."""
+        self._assumed = plan
+        for item in plan.scheduled:
+            if _runs(item.sequence):
+                item.sequence.num_computed_tokens += item.num_tokens
+            if item.sequence.status is not SequenceStatus.FINISHED:
+                item.sequence.num_pending_tokens = int(item.samples)
+
+    def _readers(self, content_hashes: frozenset[str], *, with_choices: bool) -> list[Sequence]:
+        """Those that need one of these clips now; with the other choices, as they may share what was computed."""
+        ids = {holder for content_hash in content_hashes for holder in self.encoder_cache.holders(content_hash)}
+        requests = {request_id for request_id, _ in ids} if with_choices else set()
+        return [one for one in self.running if one.sequence_id in ids or one.request_id in requests]
 
     def _schedule_running(self, sequence: Sequence, step: _Step) -> None:
         num_tokens = self._fit_chunk(sequence, step)
@@ -218,6 +222,8 @@ class Scheduler:
         place = 0  # in line: those before it are passed over
         while place < len(self.waiting) and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[place]
+            if sequence.num_pending_tokens:  # preempted; to be computed again when all its tokens are known
+                return
             if sequence.request_id == computing:
                 place += 1
                 continue
@@ -328,7 +334,7 @@ class Scheduler:
     def _reset(self, sequence: Sequence) -> None:
         """Nothing of it is computed any more."""
         self.blocks.free(sequence)
-        self._release_clips(sequence)
+        self.encoder_cache.release(sequence.request.clips, sequence.sequence_id)
         sequence.num_computed_tokens = 0
 
     def _append(self, sequence: Sequence, token: SampledToken) -> EngineOutput:
@@ -336,8 +342,7 @@ class Scheduler:
         sampling = sequence.sampling
         is_stop_token = token.token_id in sampling.stop_token_ids
         stopped = token.complete or (is_stop_token and sequence.num_output_tokens >= sampling.min_tokens)
-        full = sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= self.max_model_len
-        reason = FinishReason.STOP if stopped else FinishReason.LENGTH if full else None
+        reason = FinishReason.STOP if stopped else FinishReason.LENGTH if self._is_full(sequence) else None
         if reason:
             self._finish(sequence)
         return EngineOutput(
@@ -347,6 +352,12 @@ class Scheduler:
             finish_reason=reason,
             stop_token_id=token.token_id if stopped and is_stop_token else None,
             index=sequence.index,
+        )
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        """Whether the answer ends with its newest token, whatever that is."""
+        return (
+            sequence.num_output_tokens >= sequence.sampling.max_tokens or sequence.num_tokens >= self.max_model_len
         )
 
     def _fail(self, sequence: Sequence, error: str) -> EngineOutput:
@@ -362,17 +373,6 @@ class Scheduler:
         choices.remove(sequence)
         if not choices:
             del self._choices[sequence.request_id]
-
-    def _release_clips(self, sequence: Sequence, before: int | None = None) -> None:
-        """Let go of the clips that end at or before position `before`; of all of them when None."""
-        clips = sequence.request.clips
-        inside = {
-            clip.content_hash for clip in clips if before and clip.offset < before < clip.offset + clip.num_tokens
-        }
-        for clip in clips:
-            ended = before is None or clip.offset + clip.num_tokens <= before
-            if ended and clip.content_hash not in inside:  # the same audio may come twice in one prompt
-                self.encoder_cache.release(clip, sequence.sequence_id)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:

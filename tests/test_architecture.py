@@ -35,6 +35,7 @@ TORCH_FREE_ENGINE = {
     "engine.guidance",
     "engine.input_batch",
     "engine.messages",
+    "engine.plan",
     "engine.scheduler",
     "engine.sequence",
 }
