@@ -5,8 +5,10 @@ Texts never cross: prompts arrive as token ids, answers leave as token ids.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,6 +172,17 @@ class StepOutputs:
 
     outputs: tuple[EngineOutput, ...]
     stats: EngineStats
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as rows of values: a tenth of the time that so many dataclasses take, on every step."""
+        return _step_outputs, (tuple(map(_FIELDS_OF_OUTPUT, self.outputs)), self.stats)
+
+
+_FIELDS_OF_OUTPUT = attrgetter(*(field.name for field in fields(EngineOutput)))
+
+
+def _step_outputs(rows: tuple[tuple[Any, ...], ...], stats: EngineStats) -> StepOutputs:
+    return StepOutputs(tuple(EngineOutput(*row) for row in rows), stats)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -34,18 +33,43 @@ MAX_PARTIAL = 1024
 NOT_A_NUMBER = "the model's output for this request is not a number"
 
 
-@dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of a batch that are sampled alike."""
+    """Rows of a batch that are sampled alike, and their parameters on the device."""
 
-    index: Tensor
-    """int64 [R]"""
-    sequences: list[Sequence]
+    def __init__(self, index: list[int], sequences: list[Sequence], device: torch.device) -> None:
+        self.index = to_device(index, device)
+        """int64 [R]"""
+        self.sequences = sequences
+        self._columns: dict[str, Tensor] = {}
 
     def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter of each row. -> [R, 1]."""
-        values = [getattr(sequence.sampling, name) for sequence in self.sequences]
-        return to_device(values, self.index.device, dtype)[:, None]
+        if name not in self._columns:
+            values = [getattr(sequence.sampling, name) for sequence in self.sequences]
+            self._columns[name] = to_device(values, self.index.device, dtype)[:, None]
+        return self._columns[name]
+
+    @cached_property
+    def seeds(self) -> Tensor:
+        """int64 [R]"""
+        return to_device([sequence.seed for sequence in self.sequences], self.index.device)
+
+
+class _Batch:
+    """Sequences that are sampled together. While the same ones decode it is kept, and nothing is looked up again."""
+
+    def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
+        self.sequences = sequences
+        self._device = device
+        self._rows: dict[Callable[[SamplingParams], bool], _Rows | None] = {}
+
+    def rows(self, wanted: Callable[[SamplingParams], bool]) -> _Rows | None:
+        """Rows whose sampling parameters satisfy `wanted`, if any."""
+        if wanted not in self._rows:
+            index = [row for row, sequence in enumerate(self.sequences) if wanted(sequence.sampling)]
+            members = [self.sequences[row] for row in index]
+            self._rows[wanted] = _Rows(index, members, self._device) if index else None
+        return self._rows[wanted]
 
 
 class SampledBatch:
@@ -74,24 +98,29 @@ class SampledBatch:
 
 
 class Sampler:
-    """Holds the penalty table; everything else is an argument."""
+    """Holds the penalty table, and the last batch's parameters; everything else is an argument."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self.penalties = PenaltyTable(max_num_seqs, vocab_size, device)
+        self._batch = _Batch([], device)
+        """The last one."""
 
     def sample(self, logits: Tensor, sequences: list[Sequence], masks: TokenMasks | None = None) -> SampledBatch:
         """One token for each sequence. logits: float32 [B, V], overwritten."""
+        if self._batch.sequences != sequences:
+            self._batch = _Batch(sequences, logits.device)
+        batch = self._batch
         broken = logits.isnan().any(-1)
-        asking = _rows(logits, sequences, _wants_logprobs)
+        asking = batch.rows(_wants_logprobs)
         raw = logits[asking.index].log_softmax(-1) if asking else None
-        _apply_bias(logits, sequences)
-        penalised = _rows(logits, sequences, _has_penalty)
+        _apply_bias(logits, batch)
+        penalised = batch.rows(_has_penalty)
         if penalised:
             table_rows = self.penalties.rows(penalised.sequences)
             self._apply_penalties(logits, penalised, table_rows)
         if masks:
             _apply_masks(logits, masks)
-        token_ids = _choose(logits, sequences)
+        token_ids = _choose(logits, batch)
         if penalised:
             self.penalties.count(table_rows, token_ids[penalised.index])
         logprobs = _logprobs(raw, token_ids, asking) if asking and raw is not None else ()
@@ -107,16 +136,12 @@ class Sampler:
         logits[rows.index] = chosen
 
 
-def _rows(logits: Tensor, sequences: list[Sequence], wanted: Callable[[SamplingParams], bool]) -> _Rows | None:
-    """Rows whose sampling parameters satisfy `wanted`, if any."""
-    index = [row for row, sequence in enumerate(sequences) if wanted(sequence.sampling)]
-    if not index:
-        return None
-    return _Rows(to_device(index, logits.device), [sequences[row] for row in index])
-
-
 def _has_penalty(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _has_bias(params: SamplingParams) -> bool:
+    return bool(params.logit_bias) or (params.min_tokens > 0 and bool(params.stop_token_ids))
 
 
 def _wants_logprobs(params: SamplingParams) -> bool:
@@ -139,13 +164,15 @@ def _is_plain(params: SamplingParams) -> bool:
     return not (_is_greedy(params) or _is_partial(params) or _is_sorted(params))
 
 
-def _apply_bias(logits: Tensor, sequences: list[Sequence]) -> None:
+def _apply_bias(logits: Tensor, batch: _Batch) -> None:
     """Add logit biases, and mask stop tokens of answers that are still too short."""
+    if not batch.rows(_has_bias):
+        return
     biases, barred = [], []
-    for row, sequence in enumerate(sequences):
+    for row, sequence in enumerate(batch.sequences):
         params = sequence.sampling
         biases += [(row, token_id, bias) for token_id, bias in params.logit_bias]
-        if params.min_tokens and sequence.num_output_tokens < params.min_tokens:
+        if sequence.num_output_tokens < params.min_tokens:
             barred += [(row, token_id) for token_id in params.stop_token_ids]
     if biases:
         rows, ids, values = zip(*biases, strict=True)
@@ -176,17 +203,17 @@ def _barred_bits(device: torch.device) -> Tensor:
     return torch.from_numpy(1 - bits).view(torch.int64)[:, 0].to(device)
 
 
-def _choose(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _choose(logits: Tensor, batch: _Batch) -> Tensor:
     """logits: [B, V] -> int64 [B]."""
     token_ids = logits.argmax(-1)
-    if rows := _rows(logits, sequences, _is_partial):
+    if rows := batch.rows(_is_partial):
         count = min(max(sequence.sampling.top_k for sequence in rows.sequences), logits.shape[1])
         values, ids = logits[rows.index].topk(count)
         token_ids[rows.index] = _sample_candidates(values, ids, rows)
-    if rows := _rows(logits, sequences, _is_sorted):
+    if rows := batch.rows(_is_sorted):
         values, ids = logits[rows.index].sort(descending=True)
         token_ids[rows.index] = _sample_candidates(values, ids, rows)
-    if rows := _rows(logits, sequences, _is_plain):
+    if rows := batch.rows(_is_plain):
         values = logits[rows.index] / rows.column("temperature")
         values.masked_fill_(values < values.amax(-1, keepdim=True) + rows.column("min_p").log(), -math.inf)
         ids = torch.arange(values.shape[1], device=logits.device)[None]
@@ -209,10 +236,8 @@ def _sample_candidates(values: Tensor, ids: Tensor, rows: _Rows) -> Tensor:
 
 
 def _noise(rows: _Rows, ids: Tensor) -> Tensor:
-    device = ids.device
-    seeds = to_device([sequence.seed for sequence in rows.sequences], device)
-    steps = to_device([sequence.num_output_tokens for sequence in rows.sequences], device)
-    return gumbel(seeds, steps, ids)
+    steps = to_device([sequence.num_output_tokens for sequence in rows.sequences], rows.index.device)
+    return gumbel(rows.seeds, steps, ids)
 
 
 def _logprobs(raw: Tensor, token_ids: Tensor, asking: _Rows) -> tuple[Tensor, Tensor, Tensor]:

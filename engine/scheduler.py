@@ -43,6 +43,11 @@ class _Step:
     scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
     clips: list[AudioClip] = field(default_factory=list)
 
+    def copies_for(self, sequence: Sequence) -> bool:
+        """Whether a block of `sequence` is yet to be copied to: no step copies from it to another."""
+        item = self.scheduled.get(sequence.sequence_id)
+        return item is not None and item.block_copy is not None
+
 
 class Scheduler:
     """`schedule`, run the plan, `update`; `add` and `abort` in between."""
@@ -208,12 +213,13 @@ class Scheduler:
         num_tokens = self._fit_chunk(sequence, step)
         if num_tokens == 0:
             return
-        while not self._make_room(sequence):
-            victim = self.running[-1]
-            self._preempt(victim, step)
-            if victim is sequence:
-                return
-        self.blocks.allocate(sequence, sequence.num_tokens)
+        if sequence.num_tokens > len(sequence.block_table) * self.blocks.block_size:
+            while not self._make_room(sequence):
+                victim = self.running[-1]
+                self._preempt(victim, step)
+                if victim is sequence:
+                    return
+            self.blocks.allocate(sequence, sequence.num_tokens)
         self._plan(sequence, num_tokens, step)
 
     def _admit_waiting(self, step: _Step) -> None:
@@ -230,7 +236,7 @@ class Scheduler:
             donor = None
             if not sequence.block_table:  # else it has kept the prompt's blocks
                 running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
-                donor = next(filter(_has_prompt, running), None)
+                donor = next((one for one in running if _has_prompt(one) and not step.copies_for(one)), None)
                 if running and donor is None:
                     computing = sequence.request_id
                     place += 1
@@ -310,7 +316,7 @@ class Scheduler:
     ) -> None:
         start = sequence.num_computed_tokens
         clips = sequence.clips_within(start, start + num_tokens)
-        for clip in sorted(clips, key=self.encoder_cache.has, reverse=True):  # hold before adding evicts
+        for clip in clips and sorted(clips, key=self.encoder_cache.has, reverse=True):  # hold before adding evicts
             if not self.encoder_cache.has(clip):
                 self.encoder_cache.add(clip)
                 step.clips.append(clip)

@@ -42,11 +42,14 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     sequence_id: SequenceId = field(init=False)
     """Unique among all sequences in the engine: the key of whatever is kept for each of them."""
+    sampling: SamplingParams = field(init=False)
+    """How to choose its tokens."""
     end_of_clips: int = field(init=False)
     """The position after the last placeholder; 0 without clips."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.sampling = self.request.sampling
         self.sequence_id = self.request.request_id, self.index
         self.end_of_clips = max((clip.offset + clip.num_tokens for clip in self.request.clips), default=0)
 
@@ -59,11 +62,6 @@ class Sequence:
     def rank(self) -> tuple[int, int, int]:
         """Place in line, the least first: by priority, then arrival, then choice."""
         return self.request.priority, self.arrival, self.index
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """How to choose its tokens."""
-        return self.request.sampling
 
     @property
     def num_tokens(self) -> int:

@@ -37,6 +37,9 @@ def allocate_kv_cache(
 
 
 def copy_blocks(kv_cache: Tensor, pairs: Tensor) -> None:
-    """Copy whole blocks in all layers: all are read before any is written. pairs: int64 [K, 2], from and to; targets differ."""
+    """Copy whole blocks in all layers: all are read before any is written. pairs: int64 [K, 2], (from, to) each.
+
+    Targets differ.
+    """
     sources, targets = pairs.unbind(1)
     kv_cache[:, :, targets] = kv_cache[:, :, sources]

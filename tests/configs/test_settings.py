@@ -23,6 +23,13 @@ def test_precedence(tmp_path: Path) -> None:
     assert load_settings([], {}) == Settings()
 
 
+def test_switches() -> None:
+    assert load_settings([], {}).async_scheduling is None
+    assert load_settings(["--async-scheduling"], {"TYMPAN_ASYNC_SCHEDULING": "false"}).async_scheduling is True
+    assert load_settings(["--no-async-scheduling"], {}).async_scheduling is False
+    assert load_settings([], {"TYMPAN_ASYNC_SCHEDULING": "false"}).async_scheduling is False
+
+
 def test_lists_and_limits() -> None:
     settings = load_settings(
         ["--api-key", "a", "--api-key", "b", "--served-model-name", "x", "y", "--limit-mm-per-prompt", "audio=3"], {}

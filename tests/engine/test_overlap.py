@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import pickle
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -10,8 +12,18 @@ from typing import Any
 
 import pytest
 
+from engine.client import EngineClient, InlineEngineClient
 from engine.core import MAX_FAILED_STEPS, EngineCore
-from engine.messages import EngineArgs, EngineOutput, EngineRequest, FinishReason, SequenceId
+from engine.messages import (
+    EngineArgs,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    SequenceId,
+    StepOutputs,
+    TokenLogprobs,
+)
 from engine.model_runner import PendingStep
 from engine.plan import SchedulerOutput
 from engine.scheduler import Scheduler, _Step
@@ -35,7 +47,8 @@ def requests() -> list[EngineRequest]:
         SHORT.request("sampled", max_tokens=20, **seeded),
         LONG.request("top-k", max_tokens=17, top_k=20, top_p=0.9, **seeded),
         LONG.request("top-p", max_tokens=9, top_p=0.8, logprobs=3, **seeded),
-        SHORT.request("penalties", max_tokens=22, repetition_penalty=1.3, frequency_penalty=0.3, logprobs=0, **greedy),
+        SHORT.request("penalties", max_tokens=22, repetition_penalty=1.3, frequency_penalty=0.3, logprobs=0,
+                      temperature=0.0),
         SHORT.request("bias", max_tokens=6, logit_bias=((9, 50.0), (10, 49.5)), presence_penalty=1.0, **greedy),
         LONG.request("stops", max_tokens=40, stop_token_ids=tuple(range(0, 1500, 7)), **seeded),
         LONG.request("late", max_tokens=40, min_tokens=9, stop_token_ids=tuple(range(0, 1500, 3)), **seeded),
@@ -102,7 +115,9 @@ def expected(gqa_folder: Path) -> dict[SequenceId, Answer]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"max_num_batched_tokens": 23}, {"max_num_seqs": 3}, TINY], ids=["roomy", "chunks", "few", "tiny"]
+    "changes",
+    [{}, {"max_num_batched_tokens": 23}, {"max_num_seqs": 3}, TINY],
+    ids=["roomy", "chunks", "few", "tiny"],
 )
 def test_overlap_changes_no_answer(
     gqa_folder: Path, expected: dict[SequenceId, Answer], changes: dict[str, Any]
@@ -175,7 +190,9 @@ def test_one_choice_can_be_ended_while_a_step_is_in_flight(
     assert answers["choices", 2] == expected["choices", 2]
 
 
-def test_the_next_step_is_begun_before_the_result_is_taken(gqa_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_step_is_begun_before_the_result_is_taken(
+    gqa_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     core = build(gqa_folder)
     happened: list[str] = []
     launch, sample, result = core.runner.launch, core.runner.sample, PendingStep.result
@@ -280,3 +297,40 @@ def test_a_clip_that_fails_in_flight_fails_all_who_read_it(gqa_folder: Path) -> 
     failed = {key for key, answer in answers.items() if answer.ending == (FinishReason.ERROR, None)}
     assert failed == {("bad", 0), ("bad", 1), ("joins", 0)}
     assert len(answers["good", 0].tokens) == 5
+
+
+def test_through_a_client_that_leaves_in_the_middle(gqa_folder: Path, expected: dict[SequenceId, Answer]) -> None:
+    async def collect(client: EngineClient, request: EngineRequest, most: int) -> list[int]:
+        tokens: list[int] = []
+        async for output in client.generate(request):
+            tokens += output.new_token_ids
+            if len(tokens) >= most:
+                break
+        return tokens
+
+    async def main() -> None:
+        args = EngineArgs(str(gqa_folder), device="cpu", num_threads=1, max_model_len=128, async_scheduling=True)
+        client = await InlineEngineClient.start(args)
+        try:
+            assert client.info.async_scheduling
+            single = [request for request in requests() if request.n == 1]
+            given = await asyncio.gather(*(collect(client, r, 5 + 9 * (k % 2)) for k, r in enumerate(single)))
+            for k, request in enumerate(single):
+                assert given[k] == expected[request.request_id, 0].tokens[: 5 + 9 * (k % 2)]
+            while client.stats.num_running or client.stats.kv_cache_usage:
+                await asyncio.sleep(0.01)
+        finally:
+            await client.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_overlap_is_left_to_devices_that_compute_beside_the_host(gqa_folder: Path) -> None:
+    args = EngineArgs(str(gqa_folder), device="cpu", num_threads=1, max_model_len=128)
+    assert not EngineCore.build(args).info.async_scheduling
+
+
+def test_outputs_of_a_step_travel_whole() -> None:
+    told = EngineOutput("r", (5, 6), (TokenLogprobs(5, -1.0, ((5, -1.0),)),), FinishReason.STOP, 6, 7, "why", 2)
+    message = StepOutputs((told, EngineOutput("s", (1,))), EngineStats(num_running=3))
+    assert pickle.loads(pickle.dumps(message, protocol=5)) == message

@@ -37,7 +37,8 @@ def test_a_start_that_fails_is_one_sentence() -> None:
 def test_settings_reach_the_engine() -> None:
     settings = Settings(
         device="cpu", dtype="float32", attention_backend="reference", max_model_len=512, max_num_seqs=3,
-        max_num_batched_tokens=64, async_scheduling=True, kv_cache_memory_bytes=10**6, gpu_memory_utilization=0.5, seed=7,
+        max_num_batched_tokens=64, async_scheduling=True, kv_cache_memory_bytes=10**6, gpu_memory_utilization=0.5,
+        seed=7,
     )  # fmt: skip
     args = _engine_args(settings, Path("folder"))
     assert args.model_folder == "folder"
