@@ -6,8 +6,7 @@ The scheduler, the core, the input builder, the sampler and the pipe are real; t
 of zeros and always the same logits, so next to nothing is computed. What torch is called for (copies to the device,
 the sampler's operations over the checkpoint's small vocabulary) stays in: on a GPU these calls are the host's work
 too. Each sequence has a clip of 10 s and asks for tokens without end; measured are steps in which all of them
-decode. Times are medians over the steps, and best deciles for machines that are shared, in
-microseconds.
+decode. Times are medians over the steps, and best deciles for machines that are shared, in microseconds.
 """
 
 from __future__ import annotations
@@ -134,6 +133,17 @@ def measure(args: argparse.Namespace, sampling: dict[str, Any], send: Callable[[
         watch.wrap(owner, method, name)
     for index in range(args.sequences):
         core.add_request(request(index, sampling))
+    parts = time_steps(core, watch, args, send)
+    return {
+        "median_us": {name: round(statistics.median(values), 1) for name, values in parts.items()},
+        "best_decile_us": {name: round(statistics.quantiles(values, n=10)[0], 1) for name, values in parts.items()},
+    }
+
+
+def time_steps(
+    core: EngineCore, watch: Stopwatch, args: argparse.Namespace, send: Callable[[object], None]
+) -> dict[str, list[float]]:
+    """Microseconds of the parts of each step in which all sequences decode."""
     parts: dict[str, list[float]] = defaultdict(list)
     while len(parts["total"]) < args.steps:
         watch.take()
@@ -148,12 +158,7 @@ def measure(args: argparse.Namespace, sampling: dict[str, Any], send: Callable[[
         spent["rest"] = sent - started - sum(spent.values())
         for name, seconds in (spent | {"total": sent - started}).items():
             parts[name].append(seconds * 1e6)
-    header_bytes = len(channel.pickle.dumps(StepOutputs(tuple(outputs), core.stats), protocol=5))
-    return {
-        "median_us": {name: round(statistics.median(values), 1) for name, values in parts.items()},
-        "best_decile_us": {name: round(statistics.quantiles(values, n=10)[0], 1) for name, values in parts.items()},
-        "message_bytes": header_bytes,
-    }
+    return parts
 
 
 def drain(connection: Connection) -> None:

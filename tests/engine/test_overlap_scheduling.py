@@ -1,4 +1,4 @@
-"""The scheduler with a step in flight: the random machine of test_scheduler, whose runner gives results a step late."""
+"""The scheduler with a step in flight: test_scheduler's random machine, with a runner whose results are late."""
 
 from __future__ import annotations
 
