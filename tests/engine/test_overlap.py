@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.client import EngineClient, InlineEngineClient
@@ -281,11 +282,22 @@ def test_a_device_that_computes_nothing_ends_the_engine(gqa_folder: Path, monkey
         steps()
 
 
-def test_a_clip_that_fails_in_flight_fails_all_who_read_it(gqa_folder: Path) -> None:
+@pytest.mark.parametrize("raises", [False, True], ids=["not a number", "raises"])
+def test_a_clip_that_fails_in_flight_fails_all_who_read_it(
+    gqa_folder: Path, monkeypatch: pytest.MonkeyPatch, raises: bool
+) -> None:
     """Others join while its encoder run is in flight; whoever needs other clips goes on."""
     bad = noise(16_000)
     bad[5] = float("nan")
     core = build(gqa_folder)
+    encode = core.runner._encode_batch
+
+    def strict(clips: Any) -> None:
+        if raises and any(np.isnan(clip.samples).any() for clip in clips):
+            raise ValueError("not a number")
+        encode(clips)
+
+    monkeypatch.setattr(core.runner, "_encode_batch", strict)
     answers: dict[SequenceId, Answer] = defaultdict(Answer)
     core.add_request(replace(Prompt.of(5, bad, 6).request("bad", max_tokens=5), n=2))
     core.add_request(AUDIO.request("good", max_tokens=5))
