@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
 
-.PHONY: help setup serve test clients lint types check clean
+.PHONY: help setup serve test clients peers bench lint types check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -51,6 +51,12 @@ $(CLIENTS)/node/.done: tests/clients/package.json tests/clients/node.txt
 	cp $< $(@D) && PATH="$(abspath $(@D))/bin:$$PATH" npm install --prefix $(@D) --silent --no-audit --no-fund
 	@touch $@
 
+peers: setup ## install vLLM's CPU build in .peers, for bench to measure beside
+	$(BIN)/python -m benchmarks.peers.install_vllm $(ARGS)
+
+bench: $(VENV)/.dev ## the CPU benchmarks, within 15 minutes: JSON and a picture
+	$(BIN)/python -m benchmarks.cpu_set $(ARGS)
+
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +67,4 @@ types: $(VENV)/.dev ## mypy, strict
 check: lint types test ## lint, types and tests
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) $(CLIENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,8 @@ streams, brings a clip of its own (so no cache helps) and asks for exactly `--ou
 extensions that vLLM, SGLang and Tympan share (ignore_eos, min_tokens).
 
 TTFT is from the first byte of the request to the first token, inter-token latency between a request's chunks,
-end-to-end to the end of the stream. The last line is one JSON document.
+end-to-end to the end of the stream; what lies between the first token and the end, shared among the other tokens, is
+the time per output token. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ class Outcome:
     num_tokens: int = 0
     prompt_tokens: int = 0
     error: str | None = None
+
+    @property
+    def time_per_output_token(self) -> float:
+        """Of the tokens after the first; chunks may hold several."""
+        return (self.end_to_end - self.ttft) / max(1, self.num_tokens - 1)
 
 
 def make_wav(seconds: float, seed: int) -> str:
@@ -178,12 +184,14 @@ def summarise(args: argparse.Namespace, outcomes: list[Outcome], wall: float) ->
         "output_tokens_per_s": sum(outcome.num_tokens for outcome in good) / wall,
         "audio_seconds_per_s": sum(outcome.clip_seconds for outcome in good) / wall,
         "ttft_s": percentiles([outcome.ttft for outcome in good]),
+        "prompt_tokens": sum(outcome.prompt_tokens for outcome in good) / max(1, len(good)),
+        "time_per_output_token_s": percentiles([outcome.time_per_output_token for outcome in good]),
         "inter_token_latency_s": percentiles([gap for outcome in good for gap in outcome.gaps]),
         "end_to_end_s": percentiles([outcome.end_to_end for outcome in good]),
     }
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
@@ -198,7 +206,12 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    args = parse()
     finish(asyncio.run(measure(args)), args.output)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model.attention import select_backend
+from model.attention.reference import ReferenceBackend
 from model.config import Qwen2AudioConfig
 from model.loader import LM_HEAD, name_table
 from model.qwen2_audio import Qwen2Audio
@@ -74,7 +74,7 @@ def _random_tensors(
     config: Qwen2AudioConfig, dtype: torch.dtype, seed: int, num_text_tokens: int
 ) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Qwen2Audio(config, select_backend("reference")[0]).named_parameters()}
+        shapes = {name: p.shape for name, p in Qwen2Audio(config, ReferenceBackend()).named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, target in name_table(config).items():

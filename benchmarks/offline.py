@@ -1,11 +1,12 @@
 """Our engine against `transformers` with a static batch, same checkpoint, same clips, one run.
 
-    python -m benchmarks.offline [--size small] [--dtype bfloat16] [--requests 16] [--clip-seconds 10 2]
+    python -m benchmarks.offline [--size small] [--dtype bfloat16] [--requests 1 16] [--clip-seconds 10 2]
 
 Each side gets all requests at once, waits for the last answer and is timed over `--repeats` rounds after a warm-up;
-the median counts. transformers runs the batch the way its users do: processor, left padding, `generate`. Ours runs
-through the engine's client, in its own process, samples crossing the border. Clips differ from each other and from
-round to round, so no cache helps anybody. End of sequence is ignored: every request gets `--output-tokens` tokens.
+the median counts. transformers runs the batch the way its users do: processor, left padding, `generate`; its first
+tokens are timed where `generate` asks whether to stop. Ours runs through the engine's client, in its own process,
+samples crossing the border. Clips differ from each other and from round to round, so no cache helps anybody. End of
+sequence is ignored: every request gets `--output-tokens` tokens.
 """
 
 from __future__ import annotations
@@ -48,10 +49,12 @@ class Transformers:
             Qwen2AudioForConditionalGeneration,
             Qwen2AudioProcessor,
             Qwen2Tokenizer,
+            StoppingCriteriaList,
             WhisperFeatureExtractor,
         )
 
         self.torch = torch
+        self.criteria = StoppingCriteriaList
         tokenizer = Qwen2Tokenizer.from_pretrained(folder, padding_side="left")
         tokenizer.pad_token = "<|endoftext|>"
         self.processor = Qwen2AudioProcessor(WhisperFeatureExtractor.from_pretrained(folder), tokenizer)
@@ -64,12 +67,22 @@ class Transformers:
             text=[PROMPT] * len(clips), audio=clips, return_tensors="pt", padding=True, sampling_rate=16000
         )
         inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
+        tokens_at: list[float] = []
+
+        def go_on(ids: Any, _scores: Any, **_: Any) -> Any:
+            tokens_at.append(time.perf_counter())
+            return self.torch.zeros(len(ids), dtype=self.torch.bool)
+
         with self.torch.inference_mode():
             out = self.model.generate(
-                **inputs, do_sample=False, max_new_tokens=num_tokens, min_new_tokens=num_tokens
+                **inputs,
+                do_sample=False,
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                stopping_criteria=self.criteria([go_on]),
             )
         assert out.shape[1] == inputs["input_ids"].shape[1] + num_tokens
-        return {"wall_s": time.perf_counter() - started}
+        return {"wall_s": time.perf_counter() - started, "ttft_s": [tokens_at[0] - started] * len(clips)}
 
 
 class Tympan:
@@ -106,20 +119,21 @@ class Tympan:
 
 
 async def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Both sides in turn, for each clip length."""
+    """Both sides in turn, for each clip length and number of requests."""
     rows = []
     peer = Transformers(folder, args.dtype)
     client = await ProcessEngineClient.start(EngineArgs(str(folder), dtype=args.engine_dtype or args.dtype))
     ours = Tympan(client, folder)
-    rounds = tqdm(total=len(args.clip_seconds) * (args.repeats + 1), desc="rounds", unit="round")
-    for seconds in args.clip_seconds:
+    cells = [(seconds, requests) for seconds in args.clip_seconds for requests in args.requests]
+    rounds = tqdm(total=len(cells) * (args.repeats + 1), desc="rounds", unit="round")
+    for seconds, requests in cells:
         taken: dict[str, list[dict[str, Any]]] = {"tympan": [], "transformers": []}
         for repeat in range(args.repeats + 1):
-            clips = make_clips(args.requests, seconds, seed=1000 * repeat + int(seconds))
+            clips = make_clips(requests, seconds, seed=1000 * repeat + 100 * requests + int(seconds))
             taken["tympan"].append(await ours.run(clips, args.output_tokens))
             taken["transformers"].append(await asyncio.to_thread(peer.run, clips, args.output_tokens))
             rounds.update()
-        rows.append(_summary(seconds, args.requests, {name: runs[1:] for name, runs in taken.items()}))
+        rows.append(_summary(seconds, requests, {name: runs[1:] for name, runs in taken.items()}))
     await client.close()
     return rows
 
@@ -131,7 +145,7 @@ def _summary(seconds: float, requests: int, taken: dict[str, list[dict[str, Any]
         "requests": requests,
         "requests_per_s": {name: requests / value for name, value in wall.items()},
         "wall_s": {name: [run["wall_s"] for run in runs] for name, runs in taken.items()},
-        "tympan_ttft_s": percentiles([t for run in taken["tympan"] for t in run["ttft_s"]]),
+        "ttft_s": {name: percentiles([t for run in runs for t in run["ttft_s"]]) for name, runs in taken.items()},
         "speedup": wall["transformers"] / wall["tympan"],
     }
 
@@ -143,7 +157,7 @@ def main() -> None:
     parser.add_argument("--size", default="small")
     parser.add_argument("--dtype", default="bfloat16", help="of both sides")
     parser.add_argument("--engine-dtype", help="of ours alone, where it should choose otherwise (auto)")
-    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--requests", type=int, nargs="+", default=[16], help="at once")
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--clip-seconds", type=float, nargs="+", default=[10.0, 2.0])
     parser.add_argument("--repeats", type=int, default=3)

@@ -71,8 +71,11 @@ class Settings(BaseModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _setting(
         "engine", "auto", "precision of weights and activations"
     )
-    attention_backend: Literal["auto", "triton", "flash_attn", "torch_varlen", "reference"] = _setting(
+    attention_backend: Literal["auto", "cpu", "triton", "flash_attn", "torch_varlen", "reference"] = _setting(
         "engine", "auto", "attention kernels"
+    )
+    quantization: Literal["int8"] | None = _setting(
+        "engine", None, "int8: on a CPU, products of few rows read weights of 8 bits; default: weights as stored"
     )
     seed: int | None = _setting(
         "engine", None, "base of the seeds of requests that bring none; default: from the system", ge=0, lt=2**63

@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Protocol, Self
 
 from engine import channel
+from engine.environment import engine_environment
 from engine.errors import EngineDeadError, EngineStartError, RequestError
 from engine.messages import (
     AbortRequest,
@@ -194,7 +195,7 @@ class ProcessEngineClient(_QueueClient):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_child, args=(args, theirs), name="tympan-engine", daemon=True)
-        with _nameless_main():
+        with _nameless_main(), engine_environment(args.device):
             process.start()
         theirs.close()
         try:

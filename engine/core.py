@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ from model.config import (
     Qwen2AudioConfig,
     num_audio_tokens,
 )
+from model.cpu import compile_kernels, prepare_for_cpu
 from model.errors import ModelError
 from model.loader import Progress, load_model
 
@@ -276,9 +278,17 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
-    backend, attention_reason = select_backend(args.attention_backend)
+    backend, attention_reason = select_backend(args.attention_backend, device)
     max_model_len = _context_length(args, config)
-    model = load_model(folder, config, backend, dtype, device, progress)
+    if args.quantization == "int8" and device.type != "cpu":
+        raise EngineStartError("--quantization int8 is for --device cpu")
+    with ThreadPoolExecutor(1) as compiler:
+        if device.type == "cpu":
+            compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0])
+        model = load_model(folder, config, backend, dtype, device, progress)
+    if device.type == "cpu":
+        compiled.result()
+        prepare_for_cpu(model, int8=args.quantization == "int8")
     block_size = backend.block_sizes[0]
     num_blocks = num_kv_blocks(args, model, block_size, max_model_len)
     max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)
@@ -293,9 +303,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     info = EngineInfo(
         max_model_len=max_model_len,
         vocab_size=config.text.vocab_size,
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu ({torch.get_num_threads()} threads)",
+        device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=dtype_reason,
         attention_backend=backend.name,
@@ -303,7 +311,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         num_blocks=num_blocks,
         block_size=block_size,
         max_num_seqs=args.max_num_seqs,
-        async_scheduling=device.type == "cuda" if args.async_scheduling is None else args.async_scheduling,
+        async_scheduling=_overlaps(args, device),
         load_seconds=time.monotonic() - started,
     )
     guidance = Guidance(
@@ -311,6 +319,16 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     )
     runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
     return EngineCore(runner, scheduler, info, args.seed)
+
+
+def _overlaps(args: EngineArgs, device: torch.device) -> bool:
+    return device.type == "cuda" if args.async_scheduling is None else args.async_scheduling
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:

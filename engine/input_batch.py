@@ -32,7 +32,7 @@ class InputBatch:
     """T tokens of B sequences, decodes first."""
 
     packed: Int64Array
-    """token_ids, positions, slot_mapping, seq_lens, block_table, end to end."""
+    """token_ids, positions, slot_mapping, seq_lens, query starts [B + 1], block_table, end to end."""
     token_ids: Int64Array
     """[T]: 0 where the token is pending."""
     positions: Int64Array
@@ -43,6 +43,8 @@ class InputBatch:
     """[B, M]: rows padded with the null block."""
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
+    query_starts: Int64Array
+    """[B + 1]: the first row of each sequence, and the end."""
     num_decodes: int
     first_blocks: tuple[int | None, ...]
     """Of each sequence whose blocks in use are consecutive."""
@@ -62,12 +64,13 @@ def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
     table_lens = np.array([len(table) for table in tables])
     ends = lens.cumsum()
     num_tokens, num_rows, width = int(ends[-1]), len(items), int(table_lens.max())
-    packed = np.zeros(3 * num_tokens + num_rows * (1 + width), dtype=np.int64)
+    packed = np.zeros(3 * num_tokens + num_rows * (2 + width) + 1, dtype=np.int64)
     token_ids, positions, slot_mapping = packed[: 3 * num_tokens].reshape(3, num_tokens)
-    seq_lens = packed[3 * num_tokens : 3 * num_tokens + num_rows]
-    block_table = packed[3 * num_tokens + num_rows :].reshape(num_rows, width)
+    seq_lens, query_starts, block_table = np.split(packed[3 * num_tokens :], [num_rows, 2 * num_rows + 1])
+    block_table = block_table.reshape(num_rows, width)
 
     np.add(starts, lens, out=seq_lens)
+    query_starts[1:] = ends
     block_table[np.arange(width) < table_lens[:, None]] = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
     rows = np.repeat(np.arange(num_rows), lens)
     np.subtract(np.arange(num_tokens), (ends - lens - starts)[rows], out=positions)
@@ -86,6 +89,7 @@ def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
         block_table=block_table,
         query_lens=tuple(lens.tolist()),
         seq_lens=tuple(seq_lens.tolist()),
+        query_starts=query_starts,
         num_decodes=int(np.count_nonzero(lens == 1)),
         first_blocks=_first_blocks(block_table, -(-seq_lens // block_size)),
         last_rows=last_rows,

@@ -17,8 +17,7 @@ CPU_KV_BYTES = 2 << 30
 
 def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len: int) -> int:
     """Blocks to allocate, the null block included. Raises EngineStartError when one full context does not fit."""
-    weight = model.lm_head.weight
-    block_bytes = bytes_per_block(model.config.text, block_size, kv_cache_dtype(weight.dtype, weight.device))
+    block_bytes = bytes_per_block(model.config.text, block_size, kv_cache_dtype(model.dtype, model.device))
     per_sequence = -(-max_model_len // block_size)
     most = args.max_num_seqs * per_sequence  # more could never be used
     num_blocks = min(most, _budget(args, model, block_size) // block_bytes)
@@ -34,7 +33,7 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
     """Bytes for the KV cache."""
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes
-    device = model.lm_head.weight.device
+    device = model.device
     if device.type != "cuda":
         return CPU_KV_BYTES
     torch.cuda.empty_cache()
@@ -51,7 +50,7 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
 @torch.inference_mode()
 def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> None:
     """The encoder's largest run, then one sequence that fills the token budget, then logits for every sequence."""
-    device = model.lm_head.weight.device
+    device = model.device
     num_clips = max(1, args.max_encoder_frames // MAX_MEL_FRAMES)
     model.encode_audio([torch.zeros(MAX_AUDIO_SAMPLES, device=device)] * num_clips)
     num_tokens = args.max_num_batched_tokens
@@ -65,8 +64,9 @@ def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> N
         block_table=torch.arange(num_blocks, device=device)[None],
         slot_mapping=positions,
         seq_lens_device=torch.tensor([num_tokens], device=device),
+        query_starts=torch.tensor([0, num_tokens], device=device),
     )
-    dtype = kv_cache_dtype(model.lm_head.weight.dtype, device)
+    dtype = kv_cache_dtype(model.dtype, device)
     kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, device)
     hidden = model(model.embed(torch.zeros_like(positions)), positions, kv_cache, metadata)
     model.compute_logits(hidden[:1].expand(args.max_num_seqs, -1)).softmax(-1)

@@ -204,6 +204,8 @@ class EngineArgs:
     device: str = "auto"
     dtype: str = "auto"
     attention_backend: str = "auto"
+    quantization: str | None = None
+    """"int8": see model/linear.py; on a CPU only."""
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
     max_num_seqs: int = 64

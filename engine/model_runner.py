@@ -89,11 +89,10 @@ class ModelRunner:
         self.model = model
         self.guidance = guidance
         self.block_size = block_size
-        weight = model.lm_head.weight
-        self.device = weight.device
-        dtype = kv_cache_dtype(weight.dtype, weight.device)
-        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, weight.device)
-        self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, weight.device)
+        self.device = model.device
+        dtype = kv_cache_dtype(model.dtype, self.device)
+        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, self.device)
+        self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, self.device)
         self._clips: dict[str, Tensor] = {}
         """Content hash -> embeddings [A, C]."""
 
@@ -144,10 +143,9 @@ class ModelRunner:
     def _forward(self, batch: InputBatch, before: PendingStep | None) -> Tensor:
         """-> normalised hidden states, [T, C]."""
         packed = to_device(batch.packed, self.device)
-        token_ids, positions, slot_mapping, seq_lens, block_table = torch.split(
-            packed,
-            [len(array) for array in (batch.token_ids, batch.positions, batch.slot_mapping, batch.seq_lens)]
-            + [batch.block_table.size],
+        num_tokens, num_rows = len(batch.token_ids), len(batch.seq_lens)
+        token_ids, positions, slot_mapping, seq_lens, query_starts, block_table = torch.split(
+            packed, [*3 * [num_tokens], num_rows, num_rows + 1, batch.block_table.size]
         )
         if batch.pending:
             assert before is not None
@@ -168,6 +166,7 @@ class ModelRunner:
             block_table=block_table.view(batch.block_table.shape),
             slot_mapping=slot_mapping,
             seq_lens_device=seq_lens,
+            query_starts=query_starts,
         )
         return self.model(hidden, positions, self.kv_cache, metadata)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, EncoderMetadata
 from model.config import AudioConfig, num_conv_frames, num_mel_frames
+from model.linear import Linear
 from model.log_mel import log_mel, log_mel_padded
 
 
@@ -121,23 +122,22 @@ class EncoderLayer(nn.Module):
         self.backend = backend
         self.head_dim = config.head_dim
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model)
-        self.out_proj = nn.Linear(config.d_model, config.d_model)
+        self.qkv_proj = Linear(config.d_model, 3 * config.d_model)
+        self.out_proj = Linear(config.d_model, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
-        self.fc1 = nn.Linear(config.d_model, config.encoder_ffn_dim)
-        self.fc2 = nn.Linear(config.encoder_ffn_dim, config.d_model)
+        self.fc1 = Linear(config.d_model, config.encoder_ffn_dim, gelu=True)
+        self.fc2 = Linear(config.encoder_ffn_dim, config.d_model)
 
     def forward(self, hidden: Tensor, metadata: EncoderMetadata) -> Tensor:
         """hidden: [E, C] -> [E, C]."""
         query, key, value = self._heads(hidden)
-        hidden = hidden + self.out_proj(self.backend.encode(query, key, value, metadata).flatten(1))
-        return self._feed_forward(hidden)
+        return self._feed_forward(self.out_proj(self.backend.encode(query, key, value, metadata).flatten(1), hidden))
 
     def forward_masked(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Dense attention over one window. hidden: [E, C], mask: bool [E], false where padding -> [E, C]."""
         query, key, value = (x.transpose(0, 1)[None] for x in self._heads(hidden))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None, None, None])
-        return self._feed_forward(hidden + self.out_proj(out[0].transpose(0, 1).flatten(1)))
+        return self._feed_forward(self.out_proj(out[0].transpose(0, 1).flatten(1), hidden))
 
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> query, key, value, each [E, H, D]."""
@@ -146,4 +146,4 @@ class EncoderLayer(nn.Module):
         return query.unflatten(-1, shape), key.unflatten(-1, shape), value.unflatten(-1, shape)
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.fc2(F.gelu(self.fc1(self.final_layer_norm(hidden))))
+        return self.fc2(self.fc1(self.final_layer_norm(hidden)), hidden)

@@ -6,12 +6,14 @@ together (`qkv_proj`, `gate_up_proj`); the loader knows how the published tensor
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionMetadata
 from model.config import TextConfig
 from model.layers import RMSNorm, RotaryEmbedding, apply_rotary
+from model.linear import Linear
 
 
 class Qwen2Decoder(nn.Module):
@@ -46,8 +48,8 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
         """hidden: [T, C] -> [T, C]."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, kv_layer, metadata)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = self.self_attn(self.input_layernorm(hidden), hidden, cos, sin, kv_layer, metadata)
+        return self.mlp(self.post_attention_layernorm(hidden), hidden)
 
 
 class SelfAttention(nn.Module):
@@ -59,16 +61,18 @@ class SelfAttention(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         self.backend = backend
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """x: [T, C] -> [T, C]."""
+    def forward(
+        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """x, residual: [T, C] -> [T, C], the residual added."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        turning, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        query, key = torch.split(apply_rotary(turning, cos, sin), [self.num_heads, self.num_kv_heads], dim=1)
         out = self.backend.decode(query, key, value, kv_layer, metadata)
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1), residual)
 
 
 class Mlp(nn.Module):
@@ -76,10 +80,10 @@ class Mlp(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, C] -> [T, C]."""
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual: [T, C] -> [T, C], the residual added."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate) * up, residual)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionMetadata
 from model.audio_encoder import AudioEncoder
 from model.config import Qwen2AudioConfig
+from model.linear import Linear
 from model.qwen2 import Qwen2Decoder
 
 
@@ -24,11 +26,21 @@ class Qwen2Audio(nn.Module):
         self.config = config
         self.backend = backend
         self.audio_tower = AudioEncoder(config.audio, backend)
-        self.projector = nn.Linear(config.audio.d_model, config.text.hidden_size)
+        self.projector = Linear(config.audio.d_model, config.text.hidden_size)
         self.decoder = Qwen2Decoder(config.text, backend)
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.text.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of weights and activations."""
+        return self.decoder.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder.norm.weight.device
 
     def encode_audio(self, clips: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Clips to rows of the decoder's input. clips: float32 [S_i] at 16 kHz -> one [A_i, C] each."""

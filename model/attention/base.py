@@ -32,6 +32,8 @@ class AttentionMetadata:
     """int64 [T]: block * P + offset, where each token's key and value go."""
     seq_lens_device: Tensor
     """int64 [B]: `seq_lens` on the device."""
+    query_starts: Tensor
+    """int64 [B + 1]: where each sequence's tokens begin, and T; on the device."""
 
 
 @dataclass(frozen=True, slots=True)

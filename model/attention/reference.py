@@ -28,25 +28,38 @@ class ReferenceBackend:
         self, query: Tensor, key: Tensor, value: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
         """query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D], of any precision -> [T, H, D]."""
-        slots = kv_layer.flatten(1, 2)  # [2, N * P, Hkv, D]
-        slots[0].index_copy_(0, metadata.slot_mapping, key.to(slots.dtype))
-        slots[1].index_copy_(0, metadata.slot_mapping, value.to(slots.dtype))
+        write_kv(key, value, kv_layer, metadata.slot_mapping)
         out = torch.empty_like(query)
+        self._attend_sequences(query, key, value, kv_layer, metadata, out)
+        return out
+
+    def _attend_sequences(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        out: Tensor,
+        first: int = 0,
+    ) -> None:
+        """Fill `out` for the sequences from `first` on."""
+        slots = kv_layer.flatten(1, 2)  # [2, N * P, Hkv, D]
         block_size = kv_layer.shape[2]
-        start = 0
-        for row, (query_len, seq_len) in enumerate(zip(metadata.query_lens, metadata.seq_lens, strict=True)):
+        start = sum(metadata.query_lens[:first])
+        for row in range(first, len(metadata.query_lens)):
+            query_len, seq_len = metadata.query_lens[row], metadata.seq_lens[row]
             stop = start + query_len
             if query_len == seq_len:  # a whole prompt attends to itself, in its own precision
                 out[start:stop] = _attention(query[start:stop], key[start:stop], value[start:stop], is_causal=True)
                 start = stop
                 continue
-            if (first := metadata.first_blocks[row]) is not None:
-                keys, values = slots[:, first * block_size : first * block_size + seq_len]
+            if (block := metadata.first_blocks[row]) is not None:
+                keys, values = slots[:, block * block_size : block * block_size + seq_len]
             else:
                 keys, values = self._gather(kv_layer, metadata.block_table[row], seq_len)
             out[start:stop] = _attend(query[start:stop].to(keys.dtype), keys, values)
             start = stop
-        return out
 
     def encode(self, query: Tensor, key: Tensor, value: Tensor, metadata: EncoderMetadata) -> Tensor:
         """query, key, value: [E, H, D] -> [E, H, D]."""
@@ -64,6 +77,13 @@ class ReferenceBackend:
         torch.index_select(kv_layer[0], 0, blocks[:num_blocks], out=keys)
         torch.index_select(kv_layer[1], 0, blocks[:num_blocks], out=values)
         return keys.flatten(0, 1)[:length], values.flatten(0, 1)[:length]
+
+
+def write_kv(key: Tensor, value: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
+    """Put this step's keys and values where they belong. key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D]."""
+    slots = kv_layer.flatten(1, 2)
+    slots[0].index_copy_(0, slot_mapping, key.to(slots.dtype))
+    slots[1].index_copy_(0, slot_mapping, value.to(slots.dtype))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

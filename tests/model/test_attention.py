@@ -1,4 +1,4 @@
-"""The reference backend against dense attention in float64, over every shape of a step that the engine makes."""
+"""Each backend against dense attention in float64, over every shape of a step that the engine makes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.attention import AttentionMetadata, EncoderMetadata
+from model.attention.cpu import MAX_QUERIES, MAX_SCORES, CpuBackend
 from model.attention.reference import ReferenceBackend
 
 P = 16
@@ -44,6 +45,8 @@ CASES = [
     Case("decodes beside chunks", ((1, 33), (1, 16), (1, 1), (20, 52), (2, 2), (17, 17), (3, 64))),
 ]
 HEADS = [(4, 4), (4, 2), (6, 1)]
+BACKENDS = [ReferenceBackend, CpuBackend]
+Backend = type[ReferenceBackend]
 
 
 def make_step(case: Case, heads: tuple[int, int], stale: float, in_place: bool = False) -> tuple[Tensor, ...]:
@@ -85,6 +88,7 @@ def make_step(case: Case, heads: tuple[int, int], stale: float, in_place: bool =
         block_table=block_table,
         slot_mapping=torch.cat(slots),
         seq_lens_device=torch.tensor(lens),
+        query_starts=torch.tensor([0, *(num for num, _ in case.rows)]).cumsum(0),
     )
     key, value = torch.cat(new, dim=1)
     return torch.cat(queries), key, value, cache, everything, metadata
@@ -102,62 +106,127 @@ def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool = True) -> Ten
     return torch.einsum("hqs,shd->qhd", scores.softmax(-1), v)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("in_place", [False, True], ids=["scattered", "in place"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("stale", [0.0, 1e30, float("nan"), float("inf")])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_equals_dense_attention_whatever_lies_in_unused_slots(
-    case: Case, heads: tuple[int, int], stale: float, in_place: bool
+    case: Case, heads: tuple[int, int], stale: float, in_place: bool, backend: Backend
 ) -> None:
     query, key, value, cache, everything, metadata = make_step(case, heads, stale, in_place)
-    out = ReferenceBackend().decode(query, key, value, cache, metadata)
+    out = backend().decode(query, key, value, cache, metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_step_writes_its_keys_and_values_and_nothing_else(case: Case) -> None:
+def test_a_step_writes_its_keys_and_values_and_nothing_else(case: Case, backend: Backend) -> None:
     query, key, value, cache, _everything, metadata = make_step(case, (4, 2), 7.0)
     expected = cache.clone()
     slots = expected.view(2, POOL * P, 2, D)
     slots[0, metadata.slot_mapping], slots[1, metadata.slot_mapping] = key, value
-    ReferenceBackend().decode(query, key, value, cache, metadata)
+    backend().decode(query, key, value, cache, metadata)
     assert torch.equal(cache, expected)
 
 
-def test_scratch_memory_kept_between_steps_changes_no_result() -> None:
-    backend = ReferenceBackend()
+@pytest.mark.parametrize("kind", BACKENDS, ids=lambda backend: backend.name)
+def test_scratch_memory_kept_between_steps_changes_no_result(kind: Backend) -> None:
+    backend = kind()
     for case in (*CASES, *reversed(CASES)):
         for heads in HEADS:
             step = make_step(case, heads, float("nan"))
             fresh = make_step(case, heads, float("nan"))
             ours = backend.decode(*step[:4], step[5])
-            assert torch.equal(ours, ReferenceBackend().decode(*fresh[:4], fresh[5]))
+            assert torch.equal(ours, kind().decode(*fresh[:4], fresh[5]))
 
 
-def test_one_long_sequence_beside_short_ones() -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_one_long_sequence_beside_short_ones(backend: Backend) -> None:
     case = Case("long", ((1, 500), (1, 3), (30, 240)))
     query, key, value, cache, everything, metadata = make_step(case, (4, 2), float("nan"))
-    out = ReferenceBackend().decode(query, key, value, cache, metadata)
+    out = backend().decode(query, key, value, cache, metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split([1, 1, 30]), everything, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_bfloat16_stays_near_the_oracle(cache_dtype: torch.dtype) -> None:
-    """With keys and values kept in float32 too, as a CPU does."""
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_bfloat16_stays_near_the_oracle_with_keys_in_float32_as_on_a_cpu(backend: Backend) -> None:
     query, key, value, cache, everything, metadata = make_step(CASES[-1], (4, 2), 0.0)
     step = (x.bfloat16() for x in (query, key, value))
-    out = ReferenceBackend().decode(*step, cache.to(cache_dtype), metadata)
+    out = backend().decode(*step, cache, metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=0.05, rtol=0.05)
 
 
-def test_encoder_attention_stays_within_each_clip() -> None:
+def test_the_reference_takes_a_bfloat16_cache() -> None:
+    query, key, value, cache, everything, metadata = make_step(CASES[-1], (4, 2), 0.0)
+    out = ReferenceBackend().decode(*(x.bfloat16() for x in (query, key, value, cache)), metadata)
+    expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
+    torch.testing.assert_close(out.double(), torch.cat(expected), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_threads_and_head_groups_change_no_result(num_threads: int) -> None:
+    """One sequence is shared out by heads when there are more threads than sequences."""
+    step = make_step(Case("one", ((1, 100),)), (8, 4), float("nan"))
+    expected = dense(step[0], *step[4][0])
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        out = CpuBackend().decode(*step[:4], step[5])
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [MAX_QUERIES, MAX_QUERIES + 1])
+def test_the_kernel_and_torch_agree_where_one_hands_over_to_the_other(length: int) -> None:
+    step = make_step(Case("edge", ((1, 9), (length, 90), (40, 40))), (4, 2), float("nan"))
+    expected = [dense(q, *kv) for q, kv in zip(step[0].split([1, length, 40]), step[4], strict=True)]
+    out = CpuBackend().decode(*step[:4], step[5])
+    torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_broken_sequence_is_not_a_number_and_its_neighbours_are(poison: float) -> None:
+    """What is not a number must stay so: the sampler ends that request, and would believe any finite nonsense."""
+    query, key, value, cache, everything, metadata = make_step(Case("two", ((1, 20), (1, 20))), (4, 4), 0.0)
+    cache[0, metadata.block_table[0, 0], 3] = poison
+    out = CpuBackend().decode(query, key, value, cache, metadata)
+    assert not out[0].isfinite().any()
+    torch.testing.assert_close(out[1:].double(), dense(query[1:], *everything[1]), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1e4])
+def test_the_softmax_holds_for_scores_of_any_size(spread: float) -> None:
+    query, key, value, cache, everything, metadata = make_step(CASES[4], (4, 4), 0.0)
+    out = CpuBackend().decode(query * spread, key, value, cache, metadata)
+    expected = [dense(q * spread, *kv) for q, kv in zip(query.split(1), everything, strict=True)]
+    torch.testing.assert_close(out.double(), torch.cat(expected), atol=1e-5 * spread**0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_encoder_attention_stays_within_each_clip(backend: Backend) -> None:
     lens = (1, 37, 2, 16)
     query, key, value = torch.randn(3, sum(lens), 4, D, generator=torch.Generator().manual_seed(0))
-    out = ReferenceBackend().encode(query, key, value, EncoderMetadata(lens))
+    out = backend().encode(query, key, value, EncoderMetadata(lens))
     parts = zip(*(x.split(list(lens)) for x in (query, key, value)), strict=True)
     expected = torch.cat([dense(q, k, v, causal=False) for q, k, v in parts])
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_frames", [1, 100, 1500])
+def test_clips_in_bfloat16_are_nearly_as_near_to_the_oracle_as_torch_brings_them(num_frames: int) -> None:
+    assert 4 * 100**2 < MAX_SCORES < 4 * 1500**2, "all heads at once, and head by head"
+    lens = (num_frames, 3)
+    query, key, value = torch.randn(3, sum(lens), 4, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parts = zip(*(x.split(list(lens)) for x in (query, key, value)), strict=True)
+    expected = torch.cat([dense(q, k, v, causal=False) for q, k, v in parts])
+    errors = [
+        (backend().encode(query, key, value, EncoderMetadata(lens)).double() - expected).norm()
+        for backend in BACKENDS
+    ]
+    assert errors[1] < 3 * errors[0]

@@ -21,7 +21,7 @@ LENGTHS = [160 * frames - cut for frames in FRAMES for cut in (0, 7)] + [321, 47
 @pytest.fixture(scope="module")
 def model(gqa_folder: Path) -> Qwen2Audio:
     """Ours, in float32."""
-    backend, _ = select_backend("reference")
+    backend, _ = select_backend("reference", torch.device("cpu"))
     config = Qwen2AudioConfig.from_folder(gqa_folder)
     return load_model(gqa_folder, config, backend, torch.float32, torch.device("cpu"))
 

@@ -25,7 +25,7 @@ NORM = "language_model.model.norm.weight"
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Qwen2Audio:
-    backend, _ = select_backend("reference")
+    backend, _ = select_backend("reference", torch.device("cpu"))
     return load_model(folder, Qwen2AudioConfig.from_folder(folder), backend, dtype, torch.device("cpu"), **options)
 
 

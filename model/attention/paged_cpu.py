@@ -1,0 +1,222 @@
+"""Attention of few queries over a paged cache on a CPU, compiled by numba for the machine at hand.
+
+torch's attention takes one sequence a call and is, at one query, far from the speed of the memory. Here all
+sequences of a step are one parallel region a layer, and blocks are read where they lie. A work item is a sequence
+and a group of its heads: scores of all its keys go to scratch, then through a softmax, then the values are summed.
+Keys and values are read token by token, all heads of the group side by side, as they lie in memory: head by head
+takes twice as long. All arithmetic is float32; what is not a number stays so.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from model.compiled import REASSOCIATE, compile_region, float_of_bits, parallel_region, pointer, take_next
+
+ARGUMENTS = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("num_sequences", "num_tokens", "num_blocks", "blocks_per_sequence"),
+            *("num_heads", "num_kv_heads", "num_groups", "scratch_per_thread"),
+            *("query", "kv_layer", "block_table", "query_starts", "seq_lens", "out", "scratch"),
+            *("next_item", "next_thread"),
+        )
+    ]
+)
+"""What a parallel region works on: sizes, the addresses of the arrays, and those of the two counters."""
+
+LOG2_E = 1.4426950408889634
+EXP2 = tuple(np.float32(np.log(2.0) ** n / np.prod(np.arange(1.0, n + 1))) for n in range(8))
+"""Taylor coefficients of 2^x around 0: good to 1e-7 on [-1/2, 1/2]."""
+
+
+class PagedAttention:
+    """A compiled kernel for one head dimension and block size. Keeps scratch memory between calls."""
+
+    def __init__(self, head_dim: int, block_size: int) -> None:
+        """Compiles the kernel, once for each shape in a process: about two seconds."""
+        self.head_dim = head_dim
+        self._kernel = _compile(head_dim, block_size)
+        self._scratch = torch.empty(0)
+        self._counters = np.zeros(2, dtype=np.int64)
+        self._arguments = np.zeros(1, dtype=ARGUMENTS)
+
+    def __call__(
+        self,
+        query: Tensor,
+        kv_layer: Tensor,
+        block_table: Tensor,
+        query_starts: Tensor,
+        seq_lens: Tensor,
+        num_sequences: int,
+    ) -> Tensor:
+        """Attend causally, bottom-right aligned, all queries of the first `num_sequences` sequences.
+
+        query: float32 [T, H, D]; kv_layer: float32 [2, N, P, Hkv, D]; block_table: int64 [B, M];
+        query_starts: int64 [B + 1]; seq_lens: int64 [B]. All contiguous. -> [T, H, D]
+        """
+        num_threads = torch.get_num_threads()
+        num_heads, num_kv_heads = query.shape[1], kv_layer.shape[3]
+        num_groups = _num_groups(num_kv_heads, num_threads, num_sequences)
+        longest = block_table.shape[1] * kv_layer.shape[2]
+        scratch_per_thread = num_heads // num_groups * longest
+        if self._scratch.numel() < num_threads * scratch_per_thread:
+            self._scratch = torch.empty(num_threads * scratch_per_thread)
+        out = torch.empty_like(query)
+        self._counters[:] = 0
+        self._arguments[0] = (
+            *(num_sequences, query.shape[0], kv_layer.shape[1], block_table.shape[1]),
+            *(num_heads, num_kv_heads, num_groups, scratch_per_thread),
+            *(query.data_ptr(), kv_layer.data_ptr(), block_table.data_ptr()),
+            *(query_starts.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), self._scratch.data_ptr()),
+            *(self._counters.ctypes.data, self._counters.ctypes.data + 8),
+        )
+        region = parallel_region()
+        assert region is not None, "the backend is chosen only where torch has this runtime"
+        region(self._kernel, self._arguments.ctypes.data, num_threads, 0)
+        return out
+
+
+def _num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
+    """As few as give every thread an item: a divisor of the KV heads."""
+    return next(
+        (n for n in range(1, num_kv_heads) if num_kv_heads % n == 0 and n * num_sequences >= num_threads),
+        num_kv_heads,
+    )
+
+
+@cache
+def _compile(head_dim: int, block_size: int) -> int:
+    """-> address of a C function that takes a pointer to ARGUMENTS. Both sizes are constants to the compiler."""
+    scale = LOG2_E / head_dim**0.5
+
+    @compile_region(ARGUMENTS)
+    def region(arguments: Any) -> None:
+        a = carray(arguments, 1)[0]
+        width, kv_width = a.num_heads * head_dim, a.num_kv_heads * head_dim
+        query = carray(pointer(a.query), (a.num_tokens, width), np.float32)
+        out = carray(pointer(a.out), (a.num_tokens, width), np.float32)
+        kv = carray(pointer(a.kv_layer), (2, a.num_blocks * block_size * kv_width), np.float32)
+        block_table = carray(pointer(a.block_table), (a.num_sequences, a.blocks_per_sequence), np.int64)
+        query_starts = carray(pointer(a.query_starts), a.num_sequences + 1, np.int64)
+        seq_lens = carray(pointer(a.seq_lens), a.num_sequences, np.int64)
+        heads = a.num_heads // a.num_groups
+        kv_heads = a.num_kv_heads // a.num_groups
+        longest = a.blocks_per_sequence * block_size
+        thread = take_next(a.next_thread)
+        scratch = carray(pointer(a.scratch + 4 * thread * a.scratch_per_thread), (heads, longest), np.float32)
+        while True:
+            item = take_next(a.next_item)
+            if item >= a.num_sequences * a.num_groups:
+                break
+            row, group = item // a.num_groups, item % a.num_groups
+            first = group * heads * head_dim
+            shift = group * kv_heads * head_dim
+            blocks, group_size = block_table[row], heads // kv_heads
+            for token in range(query_starts[row], query_starts[row + 1]):
+                length = seq_lens[row] - (query_starts[row + 1] - 1 - token)
+                q = query[token, first : first + heads * head_dim]
+                o = out[token, first : first + heads * head_dim]
+                _score(q, kv[0], kv_width, shift, blocks, length, group_size, scratch, head_dim, block_size)
+                for head in range(heads):
+                    _softmax(scratch[head, :length], np.float32(scale))
+                _sum(scratch, kv[1], kv_width, shift, blocks, length, group_size, o, head_dim, block_size)
+
+    return region
+
+
+@njit(fastmath=REASSOCIATE, error_model="numpy")
+def _score(
+    query: Any,
+    keys: Any,
+    width: int,
+    shift: int,
+    blocks: Any,
+    length: int,
+    group: int,
+    scores: Any,
+    head_dim: int,
+    block_size: int,
+) -> None:
+    """scores[head, i] = query[head] . keys[i]."""
+    for i in range(length):
+        token = (blocks[i // block_size] * block_size + i % block_size) * width + shift
+        for head in range(scores.shape[0]):
+            start = token + head // group * head_dim
+            key = keys[start : start + head_dim]
+            q = query[head * head_dim : (head + 1) * head_dim]
+            dot = np.float32(0)
+            for d in range(head_dim):
+                dot += q[d] * key[d]
+            scores[head, i] = dot
+
+
+@njit(fastmath=REASSOCIATE, error_model="numpy")
+def _sum(
+    weights: Any,
+    values: Any,
+    width: int,
+    shift: int,
+    blocks: Any,
+    length: int,
+    group: int,
+    out: Any,
+    head_dim: int,
+    block_size: int,
+) -> None:
+    """out[head] = sum over i of weights[head, i] values[i]."""
+    out[:] = 0
+    for i in range(length):
+        token = (blocks[i // block_size] * block_size + i % block_size) * width + shift
+        for head in range(weights.shape[0]):
+            start = token + head // group * head_dim
+            value = values[start : start + head_dim]
+            o = out[head * head_dim : (head + 1) * head_dim]
+            weight = weights[head, i]
+            for d in range(head_dim):
+                o[d] += weight * value[d]
+
+
+@njit(fastmath=REASSOCIATE, error_model="numpy")
+def _softmax(scores: Any, scale: Any) -> None:
+    """In place: 2^(scale (score - largest)), then normalised."""
+    largest = _largest(scores)
+    total = np.float32(0)
+    for i in range(scores.shape[0]):
+        scores[i] = _exp2((scores[i] - largest) * scale)
+        total += scores[i]
+    for i in range(scores.shape[0]):
+        scores[i] /= total
+
+
+@njit(fastmath=True)
+def _largest(scores: Any) -> Any:
+    """Whatever it gives where a score is NaN: the softmax is NaN then in any case."""
+    largest = scores[0]
+    for i in range(scores.shape[0]):
+        largest = max(largest, scores[i])
+    return largest
+
+
+@njit(fastmath=REASSOCIATE, inline="always")
+def _exp2(x: Any) -> Any:
+    """2^x for x <= 0, in a form that vectorises; NaN for NaN, about 1e-38 for anything below -126."""
+    x = np.float32(-126) if x < np.float32(-126) else x
+    whole = np.floor(x + np.float32(0.5))
+    r = x - whole
+    power = EXP2[7]
+    power = power * r + EXP2[6]
+    power = power * r + EXP2[5]
+    power = power * r + EXP2[4]
+    power = power * r + EXP2[3]
+    power = power * r + EXP2[2]
+    power = power * r + EXP2[1]
+    power = power * r + EXP2[0]
+    return power * float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))

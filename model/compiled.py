@@ -1,0 +1,113 @@
+"""What kernels compiled by numba share: torch's own OpenMP threads, addresses, bits of floats. CPU only.
+
+A kernel of ours must not bring threads of its own: two pools on the same cores wait for each other. GCC's OpenMP
+runtime, which torch ships and its operators use, starts a parallel region by `GOMP_parallel(function, argument,
+num_threads, flags)` (libgomp's ABI); a function compiled by numba can be handed to it as well as one by GCC.
+Work is dealt by an atomic counter rather than in equal shares, so that a thread which loses its core delays one
+item and not the whole region.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import cfunc, from_dtype, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+ParallelRegion = Callable[[int, int, int, int], None]
+
+
+@cache
+def parallel_region() -> ParallelRegion | None:
+    """`GOMP_parallel` of the runtime that torch has loaded; None where torch was built with another one."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        function = ctypes.CDLL(str(path)).GOMP_parallel
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+        return function
+    return None
+
+
+REASSOCIATE = {"reassoc", "contract", "arcp", "nsz"}
+"""Liberties that let sums be vectorised, and leave NaN and infinities alone."""
+
+
+def compile_region(arguments: np.dtype[Any]) -> Callable[[Callable[[Any], None]], int]:
+    """Decorator: a function of a pointer to `arguments` -> the address of its machine code.
+
+    What it closes over is constant to the compiler: plain numbers only, so that the code can be kept. It is, beside
+    the sources or in the user's cache folder (numba's rules), and compiled anew where neither can be written.
+    """
+
+    def decorate(function: Callable[[Any], None]) -> int:
+        signature = types.void(types.CPointer(from_dtype(arguments)))
+        try:
+            compiled = cfunc(signature, cache=True, fastmath=REASSOCIATE)(function)
+        except RuntimeError:  # "cannot cache function: no locator available"
+            compiled = cfunc(signature, fastmath=REASSOCIATE)(function)
+        return int(compiled.address)
+
+    return decorate
+
+
+@intrinsic
+def pointer(_typing: Any, _address: Any) -> Any:
+    """An address as a pointer that `numba.carray` takes."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def take_next(_typing: Any, _address: Any) -> Any:
+    """Add one to the int64 at an address, as one atomic operation. -> what was there."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def float_of_bits(_typing: Any, _bits: Any) -> Any:
+    """An int32's bits as a float32."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def bits_of_float(_typing: Any, _value: Any) -> Any:
+    """A float32's bits as an int32."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@njit(inline="always")
+def widen(bits: Any) -> Any:
+    """A bfloat16, as an int16 of its bits -> float32."""
+    return float_of_bits(np.int32(bits) << np.int32(16))
+
+
+@njit(inline="always")
+def narrow(value: Any) -> Any:
+    """A float32 -> the nearest bfloat16 (ties to even), as an int16 of its bits."""
+    bits = bits_of_float(value)
+    nearest = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+    return np.int16(nearest) if value == value else np.int16(0x7FC0)

@@ -1,0 +1,64 @@
+"""Linear layers, and the forms their weights take on a CPU.
+
+As loaded, a layer is torch's own. `pack` turns it, on a CPU, into oneDNN's blocked layout, once: torch's plain
+`linear` reorders the weights in every call, which at one row costs more than the product. What follows a product
+(GELU, the residual) is then applied to its float32 sums before they are rounded. The operators are those that
+torch's own compiler emits for a CPU (torch/_inductor/mkldnn_ir.py).
+
+With int8, products of few rows read weights of 8 bits (symmetric, one scale for each output): they wait for memory,
+and it is half as much. Products of more rows wait for arithmetic, which int8 weights do not help: they multiply the
+same rounded weights in the layer's own precision.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_INT8_ROWS = 4
+"""Of a product: with more, reading 8 bits a weight saves less than unpacking them costs (docs/decisions.md)."""
+
+
+class Linear(nn.Linear):
+    """x W^T + b, through an exact GELU where the layer has one, plus a residual where the caller brings one."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, gelu: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.gelu = gelu
+        self._packed: Tensor | None = None
+        self._int8: tuple[Tensor, Tensor] | None = None
+        """int8 [N, K], and the scale of each output, [N]."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [T, K], residual: [T, N] or None -> [T, N]."""
+        assert residual is None or not self.gelu, "nothing needs both"
+        if self._packed is not None:
+            return self._forward_packed(x, residual)
+        out = F.linear(x, self.weight, self.bias)
+        if self.gelu:
+            out = F.gelu(out)
+        return out if residual is None else residual + out
+
+    def pack(self, *, int8: bool = False) -> None:
+        """Take the blocked layout and let go of the weights as loaded. float32 or bfloat16, on a CPU."""
+        weight: Tensor = self.weight
+        if int8:
+            scales = (weight.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12).to(weight.dtype)
+            rounded = (weight.float() / scales.float()).round().clamp(-127, 127)
+            self._int8 = rounded.to(torch.int8), scales[:, 0]
+            weight = (rounded * scales.float()).to(weight.dtype)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        del self.weight
+
+    def _forward_packed(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self._int8 is not None and x.shape[0] <= MAX_INT8_ROWS:
+            out = torch._weight_int8pack_mm(x.contiguous(), *self._int8)
+            out = out if self.bias is None else out + self.bias
+            out = F.gelu(out) if self.gelu else out
+            return out if residual is None else residual + out
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.default(
+            x, self._packed, self.bias, "gelu" if self.gelu else "none", [], "none"
+        )
