@@ -100,11 +100,13 @@ class MediaFetcher:
         if response.headers.get("content-encoding", "").strip().lower() not in _IDENTITY_ENCODINGS:
             raise _failed("The audio URL answered with compressed content, which was not asked for.")
         self._limits.check_clip_bytes(int(response.headers.get("content-length", 0)))
-        body = bytearray()
+        chunks: list[bytes] = []
+        num_bytes = 0
         async for chunk in response.aiter_raw():
-            self._limits.check_clip_bytes(len(body) + len(chunk))
-            body += chunk
-        return bytes(body)
+            num_bytes += len(chunk)
+            self._limits.check_clip_bytes(num_bytes)
+            chunks.append(chunk)
+        return await asyncio.to_thread(b"".join, chunks)
 
 
 def _failed(message: str) -> AudioFetchError:

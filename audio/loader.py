@@ -1,11 +1,14 @@
 """From any source to `Pcm` without ever holding up the event loop.
 
 Fetching runs on the loop; base64, decoding and resampling run in a small pool of threads, whose
-libraries release the GIL. A semaphore as wide as the pool keeps waiting clips out of its queue, so one
-that is cancelled while waiting costs nothing. How long a clip may be for the model is not known here.
+libraries release the GIL, and whose priority is lower than the loop's. A semaphore as wide as the pool
+keeps waiting clips out of its queue, so one that is cancelled while waiting costs nothing. How long a
+clip may be for the model is not known here.
 """
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +22,9 @@ from audio.pcm import Pcm
 from audio.segment import segment
 from audio.source import AudioBytes, AudioSource, InlineAudio, decode_data_url, decode_inline, is_data_url
 
+DECODER_NICENESS = 5
+"""Above the event loop's: where all cores are busy, a long file waits rather than everybody else."""
+
 
 class AudioLoader:
     """Loads clips, at most `num_workers` being decoded at once. Owns `fetcher`; None refuses links.
@@ -29,7 +35,7 @@ class AudioLoader:
     def __init__(self, limits: AudioLimits, fetcher: MediaFetcher | None = None, num_workers: int = 2) -> None:
         self._limits = limits
         self._fetcher = fetcher
-        self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="audio-decode")
+        self._executor = ThreadPoolExecutor(num_workers, "audio-decode", _yield_to_others)
         self._slots = asyncio.Semaphore(num_workers)
 
     async def load(self, source: AudioSource) -> Pcm:
@@ -87,3 +93,10 @@ class AudioLoader:
             raise AudioFetchError("media_url_refused", "This server does not fetch audio from URLs.")
         data = await self._fetcher.fetch(source.url)
         return lambda: data
+
+
+def _yield_to_others() -> None:
+    """Lower this thread's priority. Elsewhere than on Linux threads have none of their own."""
+    if sys.platform == "linux":
+        niceness = os.getpriority(os.PRIO_PROCESS, 0) + DECODER_NICENESS
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

@@ -59,9 +59,9 @@ def _cpu() -> str:
 
 
 def _gpu() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    """Of a benchmark that computes with torch; the others do not load it for this."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else None
 
 
 def _versions() -> dict[str, str]:

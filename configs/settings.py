@@ -84,12 +84,40 @@ class Settings(BaseModel):
         "engine", None, "longest prompt and answer together, in tokens; default: what the checkpoint allows", ge=16
     )
     max_num_seqs: int = _setting("engine", 64, "most requests that run at once; more wait", ge=1)
-    max_num_batched_tokens: int = _setting("engine", 2048, "most tokens that one step computes", ge=16)
     async_scheduling: bool | None = _setting(
         "engine",
         None,
         "prepare a step while the device computes the one before; default: on CUDA only, as a CPU has nothing to "
-        "spare meanwhile",
+        "spare meanwhile, and not with --num-speculative-tokens",
+    )
+    max_num_batched_tokens: int | None = _setting(
+        "engine",
+        None,
+        "most tokens that one step computes: fewer let answers flow more evenly, more begin them sooner; "
+        "default: 1024 on a GPU, 512 on a CPU",
+        ge=16,
+    )
+    long_prefill_token_threshold: int = _setting(
+        "engine",
+        1024,
+        "prompts that lack more tokens leave half of a step to shorter ones that wait; 0: first come, first served",
+        ge=0,
+    )
+    num_speculative_tokens: int = _setting(
+        "engine",
+        0,
+        "tokens that a step may guess ahead for an answer, where its last ones stood before in prompt or answer, "
+        "and verify: no answer changes; 0: off",
+        ge=0,
+        le=32,
+    )
+    prompt_lookup_min: int = _setting("engine", 2, "tokens that must have stood before for a guess", ge=1, le=64)
+    prompt_lookup_max: int = _setting(
+        "engine",
+        8,
+        "of several places the one that agrees with the most tokens is taken, at most with so many",
+        ge=1,
+        le=64,
     )
     gpu_memory_utilization: float = _setting(
         "engine", 0.92, "share of the GPU's memory that weights and KV cache may take", gt=0, le=1

@@ -12,12 +12,14 @@ import logging
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from engine.answer import SampledToken
 from engine.block_manager import BlockManager
-from engine.device import resolve_device, resolve_dtype
+from engine.device import resolve_device, resolve_dtype, resolve_token_budget
 from engine.encoder_cache import EncoderCache
 from engine.errors import EngineStartError, RequestError
 from engine.guidance import Guidance
@@ -33,9 +35,11 @@ from engine.messages import (
     SequenceId,
 )
 from engine.model_runner import ModelRunner, PendingStep, StepResult
-from engine.plan import SampledToken, ScheduledSequence, SchedulerOutput
+from engine.plan import ScheduledSequence, SchedulerOutput
+from engine.prompt_lookup import PromptLookup
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus, choice_seed
+from engine.speculation import Speculation
 from model.attention import select_backend
 from model.config import (
     MAX_AUDIO_SAMPLES,
@@ -205,7 +209,7 @@ class EngineCore:
 
     def _execute_one_by_one(self, plan: SchedulerOutput) -> StepResult:
         """Computing a token again writes what it wrote before; only counts of tokens have to be made anew."""
-        sampled: dict[SequenceId, SampledToken] = {}
+        sampled: dict[SequenceId, tuple[SampledToken, ...]] = {}
         failed_clips: set[str] = set()
         for item in _unfinished(plan):
             self.runner.sampler.penalties.release(item.sequence.sequence_id)
@@ -217,7 +221,8 @@ class EngineCore:
                 result = self.runner.execute(SchedulerOutput((item,), clips, plan.evicted_clips))
             except Exception:
                 logger.exception("one sequence fails alone")
-                sampled[item.sequence.sequence_id] = SampledToken(0, error="the request failed inside the engine")
+                error = SampledToken(0, error="the request failed inside the engine")
+                sampled[item.sequence.sequence_id] = (error,)
                 continue
             self._num_failed_steps = 0
             sampled |= result.sampled
@@ -277,8 +282,10 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     device = resolve_device(args.device)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    overlaps = _overlaps(args, device)
     dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
     backend, attention_reason = select_backend(args.attention_backend, device)
+    token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
     max_model_len = _context_length(args, config)
     if args.quantization == "int8" and device.type != "cpu":
         raise EngineStartError("--quantization int8 is for --device cpu")
@@ -290,16 +297,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
     block_size = backend.block_sizes[0]
-    num_blocks = num_kv_blocks(args, model, block_size, max_model_len)
-    max_encoder_frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)
-    scheduler = Scheduler(
-        BlockManager(num_blocks, block_size),
-        EncoderCache(max(args.encoder_cache_tokens, num_audio_tokens(MAX_AUDIO_SAMPLES))),
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_encoder_frames=max_encoder_frames,
-        max_model_len=max_model_len,
-    )
+    num_blocks = num_kv_blocks(replace(args, max_num_batched_tokens=token_budget), model, block_size, max_model_len)
     info = EngineInfo(
         max_model_len=max_model_len,
         vocab_size=config.text.vocab_size,
@@ -311,24 +309,55 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         num_blocks=num_blocks,
         block_size=block_size,
         max_num_seqs=args.max_num_seqs,
-        async_scheduling=_overlaps(args, device),
+        max_num_batched_tokens=token_budget,
+        max_num_batched_tokens_reason=budget_reason,
+        async_scheduling=overlaps,
         load_seconds=time.monotonic() - started,
     )
     guidance = Guidance(
         folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
     )
     runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
-    return EngineCore(runner, scheduler, info, args.seed)
+    return EngineCore(runner, _scheduler(args, info), info, args.seed)
+
+
+def _scheduler(args: EngineArgs, info: EngineInfo) -> Scheduler:
+    return Scheduler(
+        BlockManager(info.num_blocks, info.block_size),
+        EncoderCache(max(args.encoder_cache_tokens, num_audio_tokens(MAX_AUDIO_SAMPLES))),
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_encoder_frames=max(args.max_encoder_frames, MAX_MEL_FRAMES),
+        max_model_len=info.max_model_len,
+        speculation=_speculation(args, info.max_model_len),
+        long_prefill_token_threshold=args.long_prefill_token_threshold,
+    )
 
 
 def _overlaps(args: EngineArgs, device: torch.device) -> bool:
-    return device.type == "cuda" if args.async_scheduling is None else args.async_scheduling
+    """Guesses are made from the tokens of the step before, so that one has to be through."""
+    if args.num_speculative_tokens and args.async_scheduling:
+        raise EngineStartError(
+            "--async-scheduling and --num-speculative-tokens exclude each other: drafts need the tokens before them"
+        )
+    if args.async_scheduling is None:
+        return device.type == "cuda" and not args.num_speculative_tokens
+    return args.async_scheduling
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _speculation(args: EngineArgs, max_model_len: int) -> Speculation:
+    if args.prompt_lookup_min > args.prompt_lookup_max:
+        raise EngineStartError(
+            f"--prompt-lookup-min {args.prompt_lookup_min} is above --prompt-lookup-max {args.prompt_lookup_max}"
+        )
+    lookup = PromptLookup(args.prompt_lookup_min, args.prompt_lookup_max)
+    return Speculation(lookup, args.num_speculative_tokens, max_model_len)
 
 
 def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:

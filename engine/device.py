@@ -14,6 +14,10 @@ from torch import Tensor
 
 from engine.errors import EngineStartError
 
+GPU_TOKEN_BUDGET = 1024
+CPU_TOKEN_BUDGET = 512
+"""More gains no throughput on either, and lets those that decode wait longer."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -37,6 +41,15 @@ def resolve_dtype(name: str, stored: str, device: torch.device) -> tuple[torch.d
     if stored == "bfloat16" and _cpu_multiplies_bfloat16():
         return torch.bfloat16, "as stored; this CPU multiplies bfloat16 natively"
     return torch.float32, f"this CPU is faster in float32 than in the stored {stored}"
+
+
+def resolve_token_budget(wanted: int | None, device: torch.device) -> tuple[int, str]:
+    """-> (most tokens of a step, reason). The defaults were chosen by simulation: see docs/capacity.md."""
+    if wanted is not None:
+        return wanted, "asked for"
+    if device.type == "cuda":
+        return GPU_TOKEN_BUDGET, "default of a GPU"
+    return CPU_TOKEN_BUDGET, "default of a CPU"
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -26,8 +26,9 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
+from engine.answer import SampledToken
 from engine.messages import SequenceId
-from engine.plan import SampledToken
+from engine.sample_row import SampleRow
 from engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -121,22 +122,24 @@ class Guidance:
         self._matched.pop(sequence_id, None)
         self._failed.discard(sequence_id)
 
-    def fill(self, sequences: list[Sequence]) -> Future[TokenMasks] | None:
+    def fill(self, batch: list[SampleRow]) -> Future[TokenMasks] | None:
         """Begin to fill the masks of a batch, if it has rows with a grammar."""
         rows = [
-            (row, sequence, self._matched[sequence.sequence_id])
-            for row, sequence in enumerate(sequences)
-            if sequence.sequence_id in self._matched
+            (row, sampled.sequence, self._matched[sampled.sequence_id])
+            for row, sampled in enumerate(batch)
+            if sampled.sequence_id in self._matched
         ]
         return self._filler.submit(self._fill, rows) if rows else None
 
-    def advance(self, sampled: Mapping[SequenceId, SampledToken]) -> dict[SequenceId, SampledToken]:
-        """Move the matchers on. -> the same tokens; marked where the answer is complete or cannot go on."""
+    def advance(
+        self, sampled: Mapping[SequenceId, tuple[SampledToken, ...]]
+    ) -> dict[SequenceId, tuple[SampledToken, ...]]:
+        """Move the matchers on by a token. -> the same tokens; marked where the answer ends or cannot go on."""
         return {
-            sequence_id: self._advance(sequence_id, matched, token)
-            if (matched := self._matched.get(sequence_id)) and token.error is None
-            else token
-            for sequence_id, token in sampled.items()
+            sequence_id: (self._advance(sequence_id, matched, tokens[0]),)
+            if (matched := self._matched.get(sequence_id)) and tokens[0].error is None
+            else tokens
+            for sequence_id, tokens in sampled.items()
         }
 
     def _advance(self, sequence_id: SequenceId, matched: _Matched, token: SampledToken) -> SampledToken:

@@ -49,7 +49,7 @@ class InputBatch:
     first_blocks: tuple[int | None, ...]
     """Of each sequence whose blocks in use are consecutive."""
     last_rows: tuple[int, ...]
-    """Of each sequence, its last row of the packed tokens."""
+    """Of each sequence, its last row of the packed tokens; those of its drafts are the last ones."""
     pending: tuple[tuple[int, SequenceId], ...]
     """Rows whose token is what the step in flight samples for a sequence."""
     audio_rows: tuple[AudioRows, ...]
@@ -105,10 +105,11 @@ def _ends_pending(item: ScheduledSequence) -> bool:
 
 
 def _token_ids(items: tuple[ScheduledSequence, ...]) -> list[int]:
-    """Of all items, 0 where one is pending."""
+    """Of all items, drafts included, 0 where one is pending."""
     token_ids: list[int] = []
     for item in items:
         token_ids += item.sequence.token_ids[item.start : item.start + item.num_tokens]
+        token_ids += item.draft_token_ids
         if _ends_pending(item):
             token_ids.append(0)
     return token_ids

@@ -49,11 +49,12 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
 
 @torch.inference_mode()
 def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> None:
-    """The encoder's largest run, then one sequence that fills the token budget, then logits for every sequence."""
+    """The encoder's largest run, then a sequence that fills the token budget, then all logits that may be needed."""
     device = model.device
     num_clips = max(1, args.max_encoder_frames // MAX_MEL_FRAMES)
     model.encode_audio([torch.zeros(MAX_AUDIO_SAMPLES, device=device)] * num_clips)
     num_tokens = args.max_num_batched_tokens
+    assert num_tokens is not None, "it is resolved when the device is known"
     num_blocks = -(-num_tokens // block_size)
     positions = torch.arange(num_tokens, device=device)
     metadata = AttentionMetadata(
@@ -69,4 +70,5 @@ def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> N
     dtype = kv_cache_dtype(model.dtype, device)
     kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, device)
     hidden = model(model.embed(torch.zeros_like(positions)), positions, kv_cache, metadata)
-    model.compute_logits(hidden[:1].expand(args.max_num_seqs, -1)).softmax(-1)
+    num_rows = args.max_num_seqs * (1 + args.num_speculative_tokens)
+    model.compute_logits(hidden[:1].expand(min(num_rows, num_tokens), -1)).softmax(-1)

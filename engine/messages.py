@@ -5,10 +5,8 @@ Texts never cross: prompts arrive as token ids, answers leave as token ids.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from operator import attrgetter
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,6 +147,8 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_batched_tokens_reason: str
     load_seconds: float
     async_scheduling: bool = False
     """Whether steps overlap (see engine/core.py)."""
@@ -164,6 +164,10 @@ class EngineStats:
     """0..1."""
     num_preemptions: int = 0
     num_steps: int = 0
+    num_draft_tokens: int = 0
+    """Guesses that were verified, since the engine started."""
+    num_accepted_tokens: int = 0
+    """Those that came true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +176,6 @@ class StepOutputs:
 
     outputs: tuple[EngineOutput, ...]
     stats: EngineStats
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickled as rows of values: a tenth of the time that so many dataclasses take, on every step."""
-        return _step_outputs, (tuple(map(_FIELDS_OF_OUTPUT, self.outputs)), self.stats)
-
-
-_FIELDS_OF_OUTPUT = attrgetter(*(field.name for field in fields(EngineOutput)))
-
-
-def _step_outputs(rows: tuple[tuple[Any, ...], ...], stats: EngineStats) -> StepOutputs:
-    return StepOutputs(tuple(EngineOutput(*row) for row in rows), stats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +202,10 @@ class EngineArgs:
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
+    """None: what suits the device."""
+    long_prefill_token_threshold: int = 1024
+    """A sequence that lacks more tokens leaves room to others (see engine/long_lane.py). 0: none does."""
     max_encoder_frames: int = 12_000
     """Mel frames of new clips that one step may encode: 120 s of audio."""
     encoder_cache_tokens: int = 16_384
@@ -218,8 +214,16 @@ class EngineArgs:
     """None: from `gpu_memory_utilization` on CUDA, 2 GiB at most on a CPU."""
     gpu_memory_utilization: float = 0.92
     async_scheduling: bool | None = None
-    """Prepare a step while the one before computes. None: on CUDA, where the device computes beside the host."""
+    """Prepare a step while the one before computes; never with drafts.
+
+    None: on CUDA, where the device computes beside the host, if there are no drafts.
+    """
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores."""
+    num_speculative_tokens: int = 0
+    """Drafts that a decoding sequence may have in a step; 0: no speculative decoding."""
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 8
+    """Tokens that have to agree for what followed to be a draft, and agreement beyond which no longer one counts."""
     seed: int | None = None
     """Makes the seeds of requests that bring none repeatable, in order of arrival; None: from the system."""

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.answer import SampledToken
 from engine.device import HostCopy, to_device
 from engine.guidance import Guidance, TokenMasks
 from engine.input_batch import InputBatch, build_input_batch
 from engine.messages import AudioClip, SequenceId
-from engine.plan import SampledToken, SchedulerOutput
+from engine.plan import SchedulerOutput
+from engine.sample_row import sample_rows
 from engine.sampler import SampledBatch, Sampler
-from engine.sequence import SequenceStatus
 from model.attention import AttentionMetadata
 from model.kv_cache import allocate_kv_cache, copy_blocks, kv_cache_dtype
 from model.qwen2_audio import Qwen2Audio
@@ -35,8 +36,8 @@ logger = logging.getLogger(__name__)
 class StepResult:
     """What a plan gave."""
 
-    sampled: dict[SequenceId, SampledToken]
-    """For every sequence of the plan that samples."""
+    sampled: dict[SequenceId, tuple[SampledToken, ...]]
+    """For every sequence of the plan that samples: its next token, with drafts its next ones."""
     failed_clips: frozenset[str] = frozenset()
     """Content hashes of clips that could not be encoded."""
 
@@ -111,29 +112,24 @@ class ModelRunner:
         if plan.scheduled:
             if pairs := [item.block_copy for item in plan.scheduled if item.block_copy]:
                 copy_blocks(self.kv_cache, to_device(pairs, self.device))
-            if before is None:
-                step.masks = self.guidance.fill([item.sequence for item in plan.scheduled if item.samples])
             batch = build_input_batch(plan, self.block_size)
-            step.hidden = self._forward(batch, before)
             step.last_rows = batch.last_rows
+            if before is None:
+                step.masks = self.guidance.fill(list(sample_rows(plan, step.last_rows).values()))
+            step.hidden = self._forward(batch, before)
         return step
 
     @torch.inference_mode()
     def sample(self, step: PendingStep) -> None:
         """Queue the choice of tokens for the sequences that have not ended; nothing of them is pending any more."""
-        sampling = [
-            (row, item.sequence)
-            for row, item in zip(step.last_rows, step.plan.scheduled, strict=True)
-            if item.samples and item.sequence.status is not SequenceStatus.FINISHED
-        ]
-        if not sampling or step.hidden is None:
+        rows = sample_rows(step.plan, step.last_rows)
+        if not rows or step.hidden is None:
             return
-        rows = to_device([row for row, _ in sampling], self.device)
-        sequences = [sequence for _, sequence in sampling]
-        masks = step.masks or self.guidance.fill(sequences)
-        logits = self.model.compute_logits(step.hidden[rows])
+        batch = list(rows.values())
+        masks = step.masks or self.guidance.fill(batch)
+        logits = self.model.compute_logits(step.hidden[to_device(list(rows), self.device)])
         step.hidden = None
-        step.sampled = self.sampler.sample(logits, sequences, masks.result() if masks else None)
+        step.sampled = self.sampler.sample(logits, batch, masks.result() if masks else None)
 
     def release(self, sequence_id: SequenceId) -> None:
         """Forget an ended sequence. Fine for one never seen."""

@@ -33,20 +33,25 @@ class PenaltyTable:
         """Row of each sequence, made on first sight. -> int64 [R]."""
         return to_device([self._row(sequence) for sequence in sequences], self._device)
 
-    def seen(self, rows: Tensor) -> Tensor:
-        """Tokens in prompt or output. rows: [R] -> bool [R, V]."""
+    def in_prompt(self, rows: Tensor) -> Tensor:
+        """rows: [R] -> bool [R, V]."""
         assert self._in_prompt is not None
-        return self._in_prompt[rows] | (self.output_counts(rows) > 0)
+        return self._in_prompt[rows]
 
-    def output_counts(self, rows: Tensor) -> Tensor:
-        """rows: [R] -> int32 [R, V]."""
+    def output_counts(self, rows: Tensor, drafts: list[tuple[int, ...]]) -> Tensor:
+        """With the drafts that each row takes for granted. rows: [R], drafts: R of them -> int32 [R, V]."""
         assert self._output_counts is not None
-        return self._output_counts[rows]
+        counts = self._output_counts[rows]
+        where = [(row, token_id) for row, token_ids in enumerate(drafts) for token_id in token_ids]
+        if where:
+            index, token_ids = to_device(where, self._device).unbind(1)
+            counts.index_put_((index, token_ids), counts.new_ones(len(where)), accumulate=True)
+        return counts
 
-    def count(self, rows: Tensor, token_ids: Tensor) -> None:
-        """Add sampled tokens. rows, token_ids: [R], rows distinct."""
+    def count(self, rows: Tensor, token_ids: Tensor, stands: Tensor) -> None:
+        """Add the sampled tokens that stand. rows, token_ids: [R]; stands: bool [R]."""
         assert self._output_counts is not None
-        self._output_counts[rows, token_ids] += 1
+        self._output_counts.index_put_((rows, token_ids), stands.int(), accumulate=True)
 
     def release(self, sequence_id: SequenceId) -> None:
         """Give the row of an ended sequence back, if it had one."""

@@ -1,10 +1,10 @@
-"""What the scheduler and the runner say to each other: the plan of a step, and what it sampled. Torch-free."""
+"""The plan of a step: what the scheduler tells the runner. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.messages import AudioClip, TokenLogprobs
+from engine.messages import AudioClip
 from engine.sequence import Sequence
 
 
@@ -19,6 +19,8 @@ class ScheduledSequence:
     """Whether the step reaches the last token, so that a new one is sampled."""
     block_copy: tuple[int, int] | None = None
     """From block, to block, in all layers, before the step writes: the copied one is this sequence's to write."""
+    draft_token_ids: tuple[int, ...] = ()
+    """Those of the tokens that are guesses: the last ones, which the sequence does not have yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +32,3 @@ class SchedulerOutput:
     clips_to_encode: tuple[AudioClip, ...] = ()
     evicted_clips: tuple[str, ...] = ()
     """Content hashes whose embeddings the runner may free."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What the runner found for a sequence that samples."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    error: str | None = None
-    """Set when this sequence alone cannot go on (its logits are not numbers, say)."""
-    complete: bool = False
-    """Whether the answer ends with it because its grammar does."""

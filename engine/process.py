@@ -6,6 +6,7 @@ waits for one while it has work; when the pipe closes, the parent is gone and th
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -15,9 +16,13 @@ from multiprocessing.connection import Connection
 
 from engine import channel
 from engine.core import EngineCore
+from engine.device import resolve_device
 from engine.errors import EngineStartError
 from engine.loop import Inbox, run_loop
 from engine.messages import EngineArgs, EngineFailed, Shutdown
+
+CPU_NICENESS = 5
+"""On a CPU the engine would take all there is: the HTTP process, which needs little, goes first."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +35,14 @@ def main(args: EngineArgs, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
+        if resolve_device(args.device).type == "cpu":
+            os.nice(CPU_NICENESS)  # before torch has threads: each has a priority of its own
         core = EngineCore.build(args, progress=_report)
     except EngineStartError as error:
         channel.send(connection, EngineFailed(str(error)))
         sys.exit(1)
+    gc.collect()
+    gc.freeze()  # torch and the model: a full collection would walk them in the middle of a step
     channel.send(connection, core.info)
     inbox: Inbox = Inbox()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="reader").start()

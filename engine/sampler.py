@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.answer import SampledToken
 from engine.device import HostCopy, to_device
 from engine.guidance import TokenMasks
 from engine.messages import SamplingParams, SequenceId, TokenLogprobs
 from engine.noise import gumbel
 from engine.penalties import PenaltyTable
-from engine.plan import SampledToken
-from engine.sequence import Sequence
+from engine.sample_row import SampleRow
+from engine.verification import verify
 
 MAX_PARTIAL = 1024
 """Candidates beyond which a sort of the whole vocabulary is no dearer than a selection."""
@@ -36,38 +37,38 @@ NOT_A_NUMBER = "the model's output for this request is not a number"
 class _Rows:
     """Rows of a batch that are sampled alike, and their parameters on the device."""
 
-    def __init__(self, index: list[int], sequences: list[Sequence], device: torch.device) -> None:
+    def __init__(self, index: list[int], members: list[SampleRow], device: torch.device) -> None:
         self.index = to_device(index, device)
         """int64 [R]"""
-        self.sequences = sequences
+        self.members = members
         self._columns: dict[str, Tensor] = {}
 
     def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter of each row. -> [R, 1]."""
         if name not in self._columns:
-            values = [getattr(sequence.sampling, name) for sequence in self.sequences]
+            values = [getattr(row.sampling, name) for row in self.members]
             self._columns[name] = to_device(values, self.index.device, dtype)[:, None]
         return self._columns[name]
 
     @cached_property
     def seeds(self) -> Tensor:
         """int64 [R]"""
-        return to_device([sequence.seed for sequence in self.sequences], self.index.device)
+        return to_device([row.seed for row in self.members], self.index.device)
 
 
 class _Batch:
-    """Sequences that are sampled together. While the same ones decode it is kept, and nothing is looked up again."""
+    """Rows that are sampled together. While the same sequences decode it is kept, and nothing is looked up again."""
 
-    def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
-        self.sequences = sequences
+    def __init__(self, members: list[SampleRow], device: torch.device) -> None:
+        self.members = members
         self._device = device
         self._rows: dict[Callable[[SamplingParams], bool], _Rows | None] = {}
 
     def rows(self, wanted: Callable[[SamplingParams], bool]) -> _Rows | None:
         """Rows whose sampling parameters satisfy `wanted`, if any."""
         if wanted not in self._rows:
-            index = [row for row, sequence in enumerate(self.sequences) if wanted(sequence.sampling)]
-            members = [self.sequences[row] for row in index]
+            index = [place for place, row in enumerate(self.members) if wanted(row.sampling)]
+            members = [self.members[place] for place in index]
             self._rows[wanted] = _Rows(index, members, self._device) if index else None
         return self._rows[wanted]
 
@@ -76,24 +77,34 @@ class SampledBatch:
     """What was sampled for a batch: on the device at once, on the host when `result` is asked for."""
 
     def __init__(
-        self, sequences: list[Sequence], token_ids: Tensor, broken: Tensor, logprobs: tuple[Tensor, ...] = ()
+        self,
+        members: list[SampleRow],
+        token_ids: Tensor,
+        stands: Tensor,
+        broken: Tensor,
+        logprobs: tuple[Tensor, ...] = (),
     ) -> None:
-        """token_ids: int64 [B]; broken: bool [B]; logprobs: those of `_logprobs`."""
+        """token_ids: int64 [B]; stands, broken: bool [B]; logprobs: those of `_logprobs`."""
         self.token_ids = token_ids
-        self.row_of = {sequence.sequence_id: row for row, sequence in enumerate(sequences)}
-        self._sequences = sequences
-        self._copy = HostCopy(torch.stack((token_ids, broken.long())), *logprobs)
+        self._members = members
+        self._copy = HostCopy(torch.stack((token_ids, stands.long(), broken.long())), *logprobs)
 
-    def result(self) -> dict[SequenceId, SampledToken]:
-        """One token for each sequence. Waits for the device."""
+    @cached_property
+    def row_of(self) -> dict[SequenceId, int]:
+        """Row of each sequence; only for a batch without drafts."""
+        return {row.sequence_id: place for place, row in enumerate(self._members)}
+
+    def result(self) -> dict[SequenceId, tuple[SampledToken, ...]]:
+        """The tokens of each sequence that stand, at least one. Waits for the device."""
         tokens, *logprobs = (tensor.tolist() for tensor in self._copy.wait())
         rows_of_logprobs = zip(*logprobs, strict=True)
-        sampled = {}
-        for sequence, token_id, is_broken in zip(self._sequences, *tokens, strict=True):
-            count = sequence.sampling.logprobs
+        sampled: dict[SequenceId, tuple[SampledToken, ...]] = {}
+        for row, token_id, stands, is_broken in zip(self._members, *tokens, strict=True):
+            count = row.sampling.logprobs
             told = None if count is None else _token_logprobs(token_id, count, *next(rows_of_logprobs))
-            error = NOT_A_NUMBER if is_broken else None
-            sampled[sequence.sequence_id] = SampledToken(token_id, told, error)
+            if stands:
+                token = SampledToken(token_id, told, NOT_A_NUMBER if is_broken else None)
+                sampled[row.sequence_id] = (*sampled.get(row.sequence_id, ()), token)
         return sampled
 
 
@@ -105,10 +116,10 @@ class Sampler:
         self._batch = _Batch([], device)
         """The last one."""
 
-    def sample(self, logits: Tensor, sequences: list[Sequence], masks: TokenMasks | None = None) -> SampledBatch:
-        """One token for each sequence. logits: float32 [B, V], overwritten."""
-        if self._batch.sequences != sequences:
-            self._batch = _Batch(sequences, logits.device)
+    def sample(self, logits: Tensor, members: list[SampleRow], masks: TokenMasks | None = None) -> SampledBatch:
+        """A token for each row, and whether it stands (see verification). logits: float32 [B, V], overwritten."""
+        if self._batch.members != members:
+            self._batch = _Batch(members, logits.device)
         batch = self._batch
         broken = logits.isnan().any(-1)
         asking = batch.rows(_wants_logprobs)
@@ -116,22 +127,23 @@ class Sampler:
         _apply_bias(logits, batch)
         penalised = batch.rows(_has_penalty)
         if penalised:
-            table_rows = self.penalties.rows(penalised.sequences)
+            table_rows = self.penalties.rows([row.sequence for row in penalised.members])
             self._apply_penalties(logits, penalised, table_rows)
         if masks:
             _apply_masks(logits, masks)
         token_ids = _choose(logits, batch)
+        stands = verify(token_ids, members)
         if penalised:
-            self.penalties.count(table_rows, token_ids[penalised.index])
+            self.penalties.count(table_rows, token_ids[penalised.index], stands[penalised.index])
         logprobs = _logprobs(raw, token_ids, asking) if asking and raw is not None else ()
-        return SampledBatch(sequences, token_ids, broken, logprobs)
+        return SampledBatch(members, token_ids, stands, broken, logprobs)
 
     def _apply_penalties(self, logits: Tensor, rows: _Rows, table_rows: Tensor) -> None:
         chosen = logits[rows.index]
         repetition = rows.column("repetition_penalty")
         scaled = torch.where(chosen < 0, chosen * repetition, chosen / repetition)
-        chosen = torch.where(self.penalties.seen(table_rows), scaled, chosen)
-        counts = self.penalties.output_counts(table_rows)
+        counts = self.penalties.output_counts(table_rows, [row.draft_token_ids for row in rows.members])
+        chosen = torch.where(self.penalties.in_prompt(table_rows) | (counts > 0), scaled, chosen)
         chosen -= rows.column("frequency_penalty") * counts + rows.column("presence_penalty") * (counts > 0)
         logits[rows.index] = chosen
 
@@ -169,11 +181,11 @@ def _apply_bias(logits: Tensor, batch: _Batch) -> None:
     if not batch.rows(_has_bias):
         return
     biases, barred = [], []
-    for row, sequence in enumerate(batch.sequences):
-        params = sequence.sampling
-        biases += [(row, token_id, bias) for token_id, bias in params.logit_bias]
-        if sequence.num_output_tokens < params.min_tokens:
-            barred += [(row, token_id) for token_id in params.stop_token_ids]
+    for place, row in enumerate(batch.members):
+        params = row.sampling
+        biases += [(place, token_id, bias) for token_id, bias in params.logit_bias]
+        if row.num_output_tokens < params.min_tokens:
+            barred += [(place, token_id) for token_id in params.stop_token_ids]
     if biases:
         rows, ids, values = zip(*biases, strict=True)
         index = to_device((rows, ids), logits.device)
@@ -207,7 +219,7 @@ def _choose(logits: Tensor, batch: _Batch) -> Tensor:
     """logits: [B, V] -> int64 [B]."""
     token_ids = logits.argmax(-1)
     if rows := batch.rows(_is_partial):
-        count = min(max(sequence.sampling.top_k for sequence in rows.sequences), logits.shape[1])
+        count = min(max(row.sampling.top_k for row in rows.members), logits.shape[1])
         values, ids = logits[rows.index].topk(count)
         token_ids[rows.index] = _sample_candidates(values, ids, rows)
     if rows := batch.rows(_is_sorted):
@@ -236,14 +248,14 @@ def _sample_candidates(values: Tensor, ids: Tensor, rows: _Rows) -> Tensor:
 
 
 def _noise(rows: _Rows, ids: Tensor) -> Tensor:
-    steps = to_device([sequence.num_output_tokens for sequence in rows.sequences], rows.index.device)
+    steps = to_device([row.num_output_tokens for row in rows.members], rows.index.device)
     return gumbel(rows.seeds, steps, ids)
 
 
 def _logprobs(raw: Tensor, token_ids: Tensor, asking: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Of the sampled tokens, [R], and of the K most likely, values and ids [R, K]. raw: [R, V]."""
     chosen = raw.gather(1, token_ids[asking.index, None])[:, 0]
-    values, ids = raw.topk(max(sequence.sampling.logprobs or 0 for sequence in asking.sequences))
+    values, ids = raw.topk(max(row.sampling.logprobs or 0 for row in asking.members))
     return chosen, values, ids
 
 

@@ -7,6 +7,7 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 - A sequence is admitted only when blocks for all its tokens are free, and gets them at once.
 - When a running sequence cannot grow, the last in rank is preempted: its blocks go back, it waits in its old place,
   and is recomputed later. The first in rank therefore always advances.
+- Long prompts leave part of a step to short ones that need it (see long_lane).
 - A chunk ends before a clip whose embeddings cannot be had in this step. New clips are encoded under a budget of
   mel frames a step; they are kept while a sequence needs them (see encoder_cache).
 - A request with n choices is n sequences with one prompt. The first computes it, the others wait meanwhile, and
@@ -21,13 +22,16 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from engine.answer import SampledToken, fail, grow, is_full
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
-from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId
-from engine.plan import SampledToken, ScheduledSequence, SchedulerOutput
+from engine.long_lane import LongLane
+from engine.messages import AudioClip, EngineOutput, EngineStats, SequenceId
+from engine.plan import ScheduledSequence, SchedulerOutput
 from engine.sequence import Sequence, SequenceStatus
+from engine.speculation import NO_SPECULATION, Speculation
 from model.config import num_mel_frames
 
 MAX_SPARE = 256
@@ -43,11 +47,6 @@ class _Step:
     scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
     clips: list[AudioClip] = field(default_factory=list)
 
-    def copies_for(self, sequence: Sequence) -> bool:
-        """Whether a block of `sequence` is yet to be copied to: no step copies from it to another."""
-        item = self.scheduled.get(sequence.sequence_id)
-        return item is not None and item.block_copy is not None
-
 
 class Scheduler:
     """`schedule`, run the plan, `update`; `add` and `abort` in between."""
@@ -61,6 +60,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_encoder_frames: int,
         max_model_len: int,
+        speculation: Speculation = NO_SPECULATION,
+        long_prefill_token_threshold: int = 0,
     ) -> None:
         self.blocks = blocks
         self.encoder_cache = encoder_cache
@@ -68,9 +69,11 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_encoder_frames = max_encoder_frames
         self.max_model_len = max_model_len
+        self.speculation = speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         """Both in order of rank."""
+        self._lane = LongLane(long_prefill_token_threshold, max_num_seqs, blocks, self.running, self.waiting)
         self._choices: dict[str, list[Sequence]] = {}
         """By request id: the choices that have not ended."""
         self._num_arrivals = 0
@@ -93,6 +96,8 @@ class Scheduler:
             kv_cache_usage=self.blocks.usage,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
+            num_draft_tokens=self.speculation.num_draft_tokens,
+            num_accepted_tokens=self.speculation.num_accepted_tokens,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -127,13 +132,16 @@ class Scheduler:
         if in_flight:
             self._assume(in_flight)
         step = _Step(self.max_num_batched_tokens, self.max_encoder_frames)
-        going_on = [one for one in self.running if not (one.num_pending_tokens and self._is_full(one))]
-        decoding = [sequence for sequence in going_on if sequence.num_missing_tokens == 1]
-        prefilling = [sequence for sequence in going_on if sequence.num_missing_tokens > 1]
+        ending = {one for one in self.running if one.num_pending_tokens and is_full(one, self.max_model_len)}
+        self._lane.begin(step.scheduled, ending)
+        decoding = [one for one in self.running if one.num_missing_tokens == 1 and one not in ending]
+        prefilling = [one for one in self.running if one.num_missing_tokens > 1 and one not in ending]
         for sequence in decoding + prefilling:
             if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
                 self._schedule_running(sequence, step)
         self._admit_waiting(step)
+        if self.speculation.num_tokens:
+            self._plan_drafts(step)
         self._num_steps += bool(step.scheduled)
         return SchedulerOutput(
             scheduled=tuple(sorted(step.scheduled.values(), key=lambda item: item.num_tokens > 1)),
@@ -144,30 +152,35 @@ class Scheduler:
     def update(
         self,
         plan: SchedulerOutput,
-        sampled: dict[SequenceId, SampledToken],
+        sampled: dict[SequenceId, tuple[SampledToken, ...]],
         failed_clips: frozenset[str] = frozenset(),
     ) -> list[EngineOutput]:
-        """Take the step's results in. `sampled` holds one token for each sequence of the plan that samples.
+        """Take the step's results in. `sampled` holds what each sequence of the plan that samples goes on with.
 
-        Sequences that have ended since the step was planned are passed over.
+        That is one token, and one more for each of its first drafts that came true. Sequences that have ended since
+        the step was planned are passed over.
         """
         is_assumed, self._assumed = plan is self._assumed, None
-        outputs = [
-            self._fail(sequence, "the model could not encode this audio")
-            for sequence in self._readers(failed_clips, with_choices=is_assumed)
-        ]
+        outputs = []
+        for sequence in self._readers(failed_clips, with_choices=is_assumed):
+            outputs.append(fail(sequence, "the model could not encode this audio"))
+            self._finish(sequence)
         for item in plan.scheduled:
             sequence = item.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue
-            sequence.num_computed_tokens += 0 if is_assumed else item.num_tokens
             sequence.num_pending_tokens = 0
+            tokens = sampled.get(sequence.sequence_id)
+            output = grow(sequence, tokens, self.max_model_len) if tokens else None
+            num_rejected = self.speculation.count_rejected(len(item.draft_token_ids), output)
+            sequence.num_computed_tokens += 0 if is_assumed else item.num_tokens - num_rejected
             if item.start < sequence.end_of_clips:
                 clips = sequence.request.clips
                 self.encoder_cache.release(clips, sequence.sequence_id, before=sequence.num_computed_tokens)
-            token = sampled.get(sequence.sequence_id)
-            if token is not None:
-                outputs.append(self._fail(sequence, token.error) if token.error else self._append(sequence, token))
+            if output:
+                outputs.append(output)
+                if output.finish_reason:
+                    self._finish(sequence)
         for content_hash in failed_clips:
             self.encoder_cache.drop(content_hash)
         return outputs
@@ -198,6 +211,7 @@ class Scheduler:
         """Count a plan in flight as computed."""
         self._assumed = plan
         for item in plan.scheduled:
+            assert not item.draft_token_ids, "how many drafts stand is known only from the result"
             if _runs(item.sequence):
                 item.sequence.num_computed_tokens += item.num_tokens
             if item.sequence.status is not SequenceStatus.FINISHED:
@@ -230,13 +244,13 @@ class Scheduler:
             sequence = self.waiting[place]
             if sequence.num_pending_tokens:  # preempted; to be computed again when all its tokens are known
                 return
-            if sequence.request_id == computing:
+            if sequence.request_id == computing or self._lane.is_closed_to(sequence):
                 place += 1
                 continue
             donor = None
             if not sequence.block_table:  # else it has kept the prompt's blocks
                 running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
-                donor = next((one for one in running if _has_prompt(one) and not step.copies_for(one)), None)
+                donor = next((choice for choice in running if _has_prompt(choice, step)), None)
                 if running and donor is None:
                     computing = sequence.request_id
                     place += 1
@@ -298,7 +312,7 @@ class Scheduler:
     def _fit_chunk(self, sequence: Sequence, step: _Step) -> int:
         """How many tokens fit the budgets of tokens and of mel frames. May be 0."""
         start = sequence.num_computed_tokens
-        stop = start + min(sequence.num_missing_tokens, step.tokens_left)
+        stop = start + min(sequence.num_missing_tokens, self._lane.limit(sequence, step.tokens_left))
         frames_left = step.frames_left
         newly_held: dict[str, int] = {}
         for clip in sequence.clips_within(start, stop):
@@ -323,9 +337,18 @@ class Scheduler:
                 step.frames_left -= num_mel_frames(len(clip.samples))
             self.encoder_cache.hold(clip, sequence.sequence_id)
         step.tokens_left -= num_tokens
+        self._lane.take(sequence, num_tokens)
         samples = num_tokens == sequence.num_missing_tokens
         item = ScheduledSequence(sequence, start, num_tokens, samples, block_copy)
         step.scheduled[sequence.sequence_id] = item
+
+    def _plan_drafts(self, step: _Step) -> None:
+        """Let decoding sequences use what the step has left."""
+        for key, item in step.scheduled.items():
+            if item.samples and item.num_tokens == 1:
+                drafts = self.speculation.draft(item.sequence, self.blocks, step.tokens_left)
+                step.tokens_left -= len(drafts)
+                step.scheduled[key] = replace(item, num_tokens=1 + len(drafts), draft_token_ids=drafts)
 
     def _preempt(self, sequence: Sequence, step: _Step) -> None:
         """Send a running sequence back to its place in the queue; it will be computed again."""
@@ -343,38 +366,12 @@ class Scheduler:
         self.encoder_cache.release(sequence.request.clips, sequence.sequence_id)
         sequence.num_computed_tokens = 0
 
-    def _append(self, sequence: Sequence, token: SampledToken) -> EngineOutput:
-        sequence.token_ids.append(token.token_id)
-        sampling = sequence.sampling
-        is_stop_token = token.token_id in sampling.stop_token_ids
-        stopped = token.complete or (is_stop_token and sequence.num_output_tokens >= sampling.min_tokens)
-        reason = FinishReason.STOP if stopped else FinishReason.LENGTH if self._is_full(sequence) else None
-        if reason:
-            self._finish(sequence)
-        return EngineOutput(
-            request_id=sequence.request_id,
-            new_token_ids=(token.token_id,),
-            logprobs=(token.logprobs,) if token.logprobs else (),
-            finish_reason=reason,
-            stop_token_id=token.token_id if stopped and is_stop_token else None,
-            index=sequence.index,
-        )
-
-    def _is_full(self, sequence: Sequence) -> bool:
-        """Whether the answer ends with its newest token, whatever that is."""
-        return (
-            sequence.num_output_tokens >= sequence.sampling.max_tokens or sequence.num_tokens >= self.max_model_len
-        )
-
-    def _fail(self, sequence: Sequence, error: str) -> EngineOutput:
-        self._finish(sequence)
-        return EngineOutput(sequence.request_id, finish_reason=FinishReason.ERROR, error=error, index=sequence.index)
-
     def _finish(self, sequence: Sequence) -> None:
         (self.running if _runs(sequence) else self.waiting).remove(sequence)
         self._bequeath(sequence)
         self._reset(sequence)
         sequence.status = SequenceStatus.FINISHED
+        self.speculation.release(sequence)
         choices = self._choices[sequence.request_id]
         choices.remove(sequence)
         if not choices:
@@ -389,6 +386,8 @@ def _runs(sequence: Sequence) -> bool:
     return sequence.status is SequenceStatus.RUNNING
 
 
-def _has_prompt(sequence: Sequence) -> bool:
-    """Whether another choice could begin with what it has computed: all but the prompt's last token."""
-    return sequence.num_computed_tokens >= sequence.num_prompt_tokens - 1
+def _has_prompt(sequence: Sequence, step: _Step) -> bool:
+    """Whether another choice could begin with what the cache holds of it: all but the prompt's last token."""
+    item = step.scheduled.get(sequence.sequence_id)
+    is_copied = item is not None and item.block_copy is not None  # by this step: too late to be read
+    return sequence.num_computed_tokens >= sequence.num_prompt_tokens - 1 and not is_copied

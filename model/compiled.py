@@ -39,6 +39,9 @@ def parallel_region() -> ParallelRegion | None:
 REASSOCIATE = {"reassoc", "contract", "arcp", "nsz"}
 """Liberties that let sums be vectorised, and leave NaN and infinities alone."""
 
+EXP2 = tuple(np.float32(np.log(2.0) ** n / np.prod(np.arange(1.0, n + 1))) for n in range(8))
+"""Taylor coefficients of 2^x around 0: good to 1e-7 on [-1/2, 1/2]."""
+
 
 def compile_region(arguments: np.dtype[Any]) -> Callable[[Callable[[Any], None]], int]:
     """Decorator: a function of a pointer to `arguments` -> the address of its machine code.
@@ -111,3 +114,21 @@ def narrow(value: Any) -> Any:
     bits = bits_of_float(value)
     nearest = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
     return np.int16(nearest) if value == value else np.int16(0x7FC0)
+
+
+@njit(fastmath=REASSOCIATE, inline="always")
+def exp2(x: Any) -> Any:
+    """2^x to about 1e-7, in a form that vectorises. Between -126 and 127, else that bound's; NaN for NaN."""
+    x = np.float32(-126) if x < np.float32(-126) else x
+    x = np.float32(127) if x > np.float32(127) else x
+    whole = np.floor(x + np.float32(0.5))
+    r = x - whole
+    power = EXP2[7]
+    power = power * r + EXP2[6]
+    power = power * r + EXP2[5]
+    power = power * r + EXP2[4]
+    power = power * r + EXP2[3]
+    power = power * r + EXP2[2]
+    power = power * r + EXP2[1]
+    power = power * r + EXP2[0]
+    return power * float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))

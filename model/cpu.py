@@ -1,4 +1,4 @@
-"""What a model that has been loaded onto a CPU becomes before it serves: packed weights, compiled norms."""
+"""What a model that has been loaded onto a CPU becomes before it serves: packed weights, compiled layers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 from model.attention.paged_cpu import PagedAttention
 from model.compiled import parallel_region
-from model.layers import RMSNorm
+from model.fused_cpu import rms_norm, swiglu
+from model.layers import RMSNorm, SwiGlu
 from model.linear import Linear
 from model.qwen2_audio import Qwen2Audio
-from model.rms_norm_cpu import rms_norm
 
 
 def prepare_for_cpu(model: Qwen2Audio, *, int8: bool = False) -> None:
@@ -20,12 +20,17 @@ def prepare_for_cpu(model: Qwen2Audio, *, int8: bool = False) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack(int8=int8 and module in of_decoder)
-        elif isinstance(module, RMSNorm) and model.dtype == torch.bfloat16 and parallel_region():
-            module.kernel = rms_norm
+        elif model.dtype == torch.bfloat16 and parallel_region():
+            if isinstance(module, RMSNorm):
+                module.kernel = rms_norm
+            elif isinstance(module, SwiGlu):
+                module.kernel = swiglu
 
 
 def compile_kernels(head_dim: int, block_size: int) -> None:
     """Compile, once for a process, what the first step would wait seconds for."""
     if parallel_region():
         PagedAttention(head_dim, block_size)
-        rms_norm(torch.zeros(1, 1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16), 1.0)
+        row = torch.ones(1, 2, dtype=torch.bfloat16)
+        rms_norm(row, row[0], 1.0)
+        swiglu(row)

@@ -1,4 +1,4 @@
-"""Layers shared by the towers: RMSNorm and rotary position embedding.
+"""The decoder's small layers: RMSNorm, SwiGLU and rotary position embedding.
 
 Dimension key of this package: T packed tokens, B sequences, C hidden, H heads, D head dim, L layers, N blocks,
 P block size, M blocks per sequence, F mel frames, E encoder frames, A audio tokens, V vocabulary.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -31,6 +32,22 @@ class RMSNorm(nn.Module):
         x32 = x.float()
         scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * (x32 * scale).to(x.dtype)
+
+
+class SwiGlu(nn.Module):
+    """silu(gate) * up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel: Callable[[Tensor], Tensor] | None = None
+        """Computes the same in one pass, where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, 2 C], the gates first -> [T, C]."""
+        if self.kernel is not None:
+            return self.kernel(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 class RotaryEmbedding(nn.Module):

@@ -7,12 +7,11 @@ together (`qkv_proj`, `gate_up_proj`); the loader knows how the published tensor
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionMetadata
 from model.config import TextConfig
-from model.layers import RMSNorm, RotaryEmbedding, apply_rotary
+from model.layers import RMSNorm, RotaryEmbedding, SwiGlu, apply_rotary
 from model.linear import Linear
 
 
@@ -76,14 +75,14 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU."""
+    """The gated feed-forward block."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.activation = SwiGlu()
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x, residual: [T, C] -> [T, C], the residual added."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up, residual)
+        return self.down_proj(self.activation(self.gate_up_proj(x)), residual)

@@ -8,9 +8,9 @@ while others go on. Knows nothing of HTTP or of answers' shapes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from engine.client import EngineClient
@@ -109,16 +109,24 @@ class Generation:
         choices = {index: _Choice(self.new_detokenizer(), self.new_tool_parser()) for index in range(self.request.n)}
         async with aclosing(self.engine.generate(self.request)) as outputs:
             async for output in outputs:
-                delta = self._take(output, choices[output.index])
-                if delta.finish_reason:
-                    del choices[output.index]
-                    if choices and not output.finish_reason:
-                        self.engine.end_choice(self.request.request_id, output.index)
-                if delta.text or delta.calls or delta.finish_reason:
-                    yield delta
+                for delta in self._take_all(output, choices[output.index]):
+                    if delta.finish_reason:
+                        del choices[output.index]
+                        if choices and not output.finish_reason:
+                            self.engine.end_choice(self.request.request_id, output.index)
+                    if delta.text or delta.calls or delta.finish_reason:
+                        yield delta
                 if not choices:
                     return
         raise EngineDeadError("the engine ended an answer without a reason")
+
+    def _take_all(self, output: EngineOutput, choice: _Choice) -> Iterator[Delta]:
+        """With tools the tokens are taken one by one: a call may end the answer before the last of them."""
+        for piece in (output,) if choice.tool_parser is None else _singly(output):
+            delta = self._take(piece, choice)
+            yield delta
+            if delta.finish_reason:
+                return
 
     def _take(self, output: EngineOutput, choice: _Choice) -> Delta:
         if output.num_cached_tokens > self._num_cached_tokens:
@@ -186,6 +194,15 @@ class Generation:
         choice.logprobs.clear()
         choice.token_ids.clear()
         return delta
+
+
+def _singly(output: EngineOutput) -> Iterator[EngineOutput]:
+    """The same as outputs of one token each; how it ends is the last one's."""
+    last = max(0, len(output.new_token_ids) - 1)
+    for index in range(last):
+        token_ids, logprobs = output.new_token_ids[index : index + 1], output.logprobs[index : index + 1]
+        yield replace(output, new_token_ids=token_ids, logprobs=logprobs, finish_reason=None, stop_token_id=None)
+    yield replace(output, new_token_ids=output.new_token_ids[last:], logprobs=output.logprobs[last:])
 
 
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[Delta, None]:

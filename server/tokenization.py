@@ -69,7 +69,7 @@ async def tokenize(serving: Serving, request: TokenizeRequest) -> Response:
         prompt = prompts[0]
     token_strs = None
     if request.return_token_strs:
-        token_strs = [_text_of(serving, [token_id]) for token_id in prompt.token_ids]
+        token_strs = await asyncio.to_thread(lambda: [_text_of(serving, [token]) for token in prompt.token_ids])
     return JSONResponse(
         {
             "count": len(prompt.token_ids),

@@ -149,14 +149,19 @@ class Transcription:
                 start += pcm.num_samples
 
     async def _begin(self, pcm: Pcm, start: int) -> _Window:
-        if start == 0 or np.abs(pcm.samples).max() > SILENCE:
-            check_audible(pcm.num_samples, "file")
-        if np.abs(pcm.samples).max() <= SILENCE:
+        generation = await asyncio.to_thread(self._hear, pcm, is_first=start == 0)
+        if generation is None:
             return _Window(start, pcm.num_samples)
-        generation = await asyncio.to_thread(self._generation, Clip.of(pcm))
         deltas = Channel(generation.deltas())
         self._running.add(deltas)
         return _Window(start, pcm.num_samples, generation, deltas)
+
+    def _hear(self, pcm: Pcm, *, is_first: bool) -> Generation | None:
+        """Blocking: looks at every sample. None: silence."""
+        is_silent = np.abs(pcm.samples).max() <= SILENCE
+        if is_first or not is_silent:
+            check_audible(pcm.num_samples, "file")
+        return None if is_silent else self._generation(Clip.of(pcm))
 
     async def _window_pieces(self, window: _Window) -> AsyncGenerator[str | Segment, None]:
         self.text.begin_window()

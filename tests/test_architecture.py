@@ -27,6 +27,7 @@ MODEL_FOR_SERVER = {"model.config", "model.checkpoint", "model.errors"}
 COMPOSERS = {"server.__main__", "server.app"}
 """The only readers of configs."""
 TORCH_FREE_ENGINE = {
+    "engine.answer",
     "engine.block_manager",
     "engine.channel",
     "engine.client",
@@ -34,10 +35,14 @@ TORCH_FREE_ENGINE = {
     "engine.errors",
     "engine.guidance",
     "engine.input_batch",
+    "engine.long_lane",
     "engine.messages",
     "engine.plan",
+    "engine.prompt_lookup",
+    "engine.sample_row",
     "engine.scheduler",
     "engine.sequence",
+    "engine.speculation",
 }
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 50

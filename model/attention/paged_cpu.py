@@ -17,7 +17,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from model.compiled import REASSOCIATE, compile_region, float_of_bits, parallel_region, pointer, take_next
+from model.compiled import REASSOCIATE, compile_region, exp2, parallel_region, pointer, take_next
 
 ARGUMENTS = np.dtype(
     [
@@ -33,8 +33,6 @@ ARGUMENTS = np.dtype(
 """What a parallel region works on: sizes, the addresses of the arrays, and those of the two counters."""
 
 LOG2_E = 1.4426950408889634
-EXP2 = tuple(np.float32(np.log(2.0) ** n / np.prod(np.arange(1.0, n + 1))) for n in range(8))
-"""Taylor coefficients of 2^x around 0: good to 1e-7 on [-1/2, 1/2]."""
 
 
 class PagedAttention:
@@ -190,7 +188,7 @@ def _softmax(scores: Any, scale: Any) -> None:
     largest = _largest(scores)
     total = np.float32(0)
     for i in range(scores.shape[0]):
-        scores[i] = _exp2((scores[i] - largest) * scale)
+        scores[i] = exp2((scores[i] - largest) * scale)
         total += scores[i]
     for i in range(scores.shape[0]):
         scores[i] /= total
@@ -203,20 +201,3 @@ def _largest(scores: Any) -> Any:
     for i in range(scores.shape[0]):
         largest = max(largest, scores[i])
     return largest
-
-
-@njit(fastmath=REASSOCIATE, inline="always")
-def _exp2(x: Any) -> Any:
-    """2^x for x <= 0, in a form that vectorises; NaN for NaN, about 1e-38 for anything below -126."""
-    x = np.float32(-126) if x < np.float32(-126) else x
-    whole = np.floor(x + np.float32(0.5))
-    r = x - whole
-    power = EXP2[7]
-    power = power * r + EXP2[6]
-    power = power * r + EXP2[5]
-    power = power * r + EXP2[4]
-    power = power * r + EXP2[3]
-    power = power * r + EXP2[2]
-    power = power * r + EXP2[1]
-    power = power * r + EXP2[0]
-    return power * float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))

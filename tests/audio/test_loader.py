@@ -4,6 +4,8 @@ import ast
 import asyncio
 import base64
 import io
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -111,6 +113,21 @@ def test_workers_are_bounded(monkeypatch):
     monkeypatch.setattr("audio.loader.decode", slow_decode)
     assert len(load(*[AudioBytes(WAV)] * 8)) == 8
     assert most_running == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_workers_yield_to_the_event_loop(monkeypatch):
+    """Or a long file on a machine with all cores busy would hold up everybody's answers."""
+    niceness = []
+
+    def recorded(data, limits):
+        niceness.append(os.getpriority(os.PRIO_PROCESS, 0))
+        return decode(data, limits)
+
+    monkeypatch.setattr("audio.loader.decode", recorded)
+    load(*[AudioBytes(WAV)] * 4)
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert niceness == [min(19, ours + 5)] * 4
 
 
 def test_pcm_is_read_only_and_owns_its_samples():

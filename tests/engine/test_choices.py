@@ -14,7 +14,8 @@ from engine.client import InlineEngineClient
 from engine.core import EngineCore
 from engine.errors import RequestError
 from engine.messages import EngineArgs, EngineRequest, FinishReason, SequenceId
-from engine.scheduler import Scheduler, SchedulerOutput, _Step
+from engine.plan import SchedulerOutput
+from engine.scheduler import Scheduler, _Step
 from engine.sequence import choice_seed
 from tests.reference import Prompt, noise
 

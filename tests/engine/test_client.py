@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -296,6 +297,18 @@ def test_an_engine_outlives_the_terminals_signals_and_when_killed_ends_its_reque
             await collect(client, SHORT.request("late"))
 
     with_client(gqa_folder, ProcessEngineClient, test, max_model_len=4000)
+
+
+def test_an_engine_on_a_cpu_lets_the_http_process_go_first(gqa_folder: Path) -> None:
+    async def test(client: ProcessEngineClient) -> None:
+        assert client.process.pid is not None
+        process, ours = psutil.Process(client.process.pid), psutil.Process().nice()
+        assert process.nice() == min(19, ours + 5)
+        assert len(await collect(client, SHORT.request("a", max_tokens=3))) == 3
+        if sys.platform == "linux":
+            assert {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in process.threads()} == {process.nice()}
+
+    with_client(gqa_folder, ProcessEngineClient, test)
 
 
 def test_a_step_that_raises_ends_the_engine_with_a_reason(gqa_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ import pytest
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+from engine.answer import SampledToken
 from engine.core import EngineCore
 from engine.guidance import NO_TOKEN, NOT_COMPILED, Guidance, TokenMasks
 from engine.messages import EngineArgs, EngineOutput, FinishReason
-from engine.scheduler import SampledToken
+from engine.sample_row import SampleRow
 from engine.sequence import Sequence
 from server.tokenizer import Tokenizer
 from tests.reference import BUNDLED, Prompt, special_id
@@ -47,7 +48,7 @@ def compiled(guidance: Guidance, *sequences: Sequence) -> None:
 
 
 def masks_of(guidance: Guidance, *sequences: Sequence) -> TokenMasks:
-    future = guidance.fill(list(sequences))
+    future = guidance.fill([SampleRow(one) for one in sequences])
     assert future is not None
     return future.result(5)
 
@@ -60,11 +61,17 @@ def texts(ids: set[int]) -> set[bytes]:
     return {TOKENIZER.bytes_of(token_id) for token_id in ids}
 
 
+def advance(guidance: Guidance, token_id: int, name: str = "r", index: int = 0) -> SampledToken:
+    """As if one sequence had sampled a token."""
+    (token,) = guidance.advance({(name, index): (SampledToken(token_id),)})[name, index]
+    return token
+
+
 def push(guidance: Guidance, name: str, text: str, index: int = 0) -> SampledToken:
     """Sample the tokens of a text. -> the last one."""
     token = SampledToken(-1)
     for token_id in TOKENIZER.encode(text):
-        token = guidance.advance({(name, index): SampledToken(token_id)})[name, index]
+        token = advance(guidance, token_id, name, index)
         assert token.error is None
     return token
 
@@ -84,7 +91,7 @@ def test_an_answer_may_end_where_the_grammar_may_and_nowhere_else(guidance: Guid
     assert not allowed(masks_of(guidance, one)) & {EOS, OTHER_EOS}
     assert not push(guidance, "r", "*").complete
     assert allowed(masks_of(guidance, one)) >= {EOS, OTHER_EOS}
-    assert guidance.advance({("r", 0): SampledToken(OTHER_EOS)})["r", 0].complete
+    assert advance(guidance, OTHER_EOS).complete
 
 
 def test_an_answer_to_which_nothing_can_be_added_is_complete(guidance: Guidance) -> None:
@@ -120,7 +127,7 @@ def test_the_end_is_forced_when_nothing_else_is_left(guidance: Guidance, samplin
     masks = masks_of(guidance, one)
     [(row, token_id)] = masks.forced
     assert (row, token_id in (EOS, OTHER_EOS)) == (0, True)
-    assert guidance.advance({("r", 0): SampledToken(token_id)})["r", 0].complete
+    assert advance(guidance, token_id).complete
 
 
 def test_a_grammar_wins_over_min_tokens(guidance: Guidance) -> None:
@@ -160,18 +167,18 @@ def test_an_abort_while_compiling_leaves_nothing(guidance: Guidance) -> None:
 def test_sequences_without_a_grammar_have_no_mask(guidance: Guidance) -> None:
     free, bound = sequence("free", WORDS), sequence("bound", WORDS)
     compiled(guidance, bound)
-    assert guidance.fill([free]) is None
+    assert guidance.fill([SampleRow(free)]) is None
     assert masks_of(guidance, free, bound, free).rows == (1,)
     guidance.release(("bound", 0))
-    assert guidance.fill([bound]) is None
+    assert guidance.fill([SampleRow(bound)]) is None
 
 
 def test_a_token_that_the_grammar_does_not_allow_is_an_error(guidance: Guidance) -> None:
     one = sequence("r", WORDS)
     compiled(guidance, one)
-    assert guidance.advance({("r", 0): SampledToken(TOKENIZER.encode("x")[0])})["r", 0].error == NO_TOKEN
+    assert advance(guidance, TOKENIZER.encode("x")[0]).error == NO_TOKEN
     masks_of(guidance, one)
-    assert guidance.advance({("r", 0): SampledToken(TOKENIZER.encode("y")[0])})["r", 0].error == NO_TOKEN
+    assert advance(guidance, TOKENIZER.encode("y")[0]).error == NO_TOKEN
 
 
 def test_what_cannot_be_compiled_is_handed_back(guidance: Guidance) -> None:
@@ -285,7 +292,7 @@ def test_an_aborted_request_leaves_nothing(core: EngineCore) -> None:
         pass
     core.abort("late")
     assert not core.has_work
-    assert core.runner.guidance.fill([sequence("early", STARS), sequence("late", STARS)]) is None
+    assert core.runner.guidance.fill([SampleRow(sequence(name, STARS)) for name in ("early", "late")]) is None
 
 
 def test_a_preempted_sequence_keeps_its_place_in_the_grammar(gqa_folder: Path) -> None:

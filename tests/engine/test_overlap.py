@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -12,18 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from engine.client import EngineClient, InlineEngineClient
-from engine.core import MAX_FAILED_STEPS, EngineCore
+from engine.core import MAX_FAILED_STEPS, EngineCore, _overlaps
+from engine.errors import EngineStartError
 from engine.messages import (
     EngineArgs,
     EngineOutput,
     EngineRequest,
-    EngineStats,
     FinishReason,
     SequenceId,
-    StepOutputs,
-    TokenLogprobs,
 )
 from engine.model_runner import PendingStep
 from engine.plan import SchedulerOutput
@@ -342,7 +340,11 @@ def test_overlap_is_left_to_devices_that_compute_beside_the_host(gqa_folder: Pat
     assert not EngineCore.build(args).info.async_scheduling
 
 
-def test_outputs_of_a_step_travel_whole() -> None:
-    told = EngineOutput("r", (5, 6), (TokenLogprobs(5, -1.0, ((5, -1.0),)),), FinishReason.STOP, 6, 7, "why", 2)
-    message = StepOutputs((told, EngineOutput("s", (1,))), EngineStats(num_running=3))
-    assert pickle.loads(pickle.dumps(message, protocol=5)) == message
+def test_drafts_leave_overlap_off(gqa_folder: Path) -> None:
+    """Asked for by name it is refused, with a sentence."""
+    args = EngineArgs(str(gqa_folder), device="cpu", num_threads=1, max_model_len=128, num_speculative_tokens=4)
+    assert not _overlaps(args, torch.device("cuda"))
+    assert _overlaps(replace(args, num_speculative_tokens=0), torch.device("cuda"))
+    assert not EngineCore.build(args).info.async_scheduling
+    with pytest.raises(EngineStartError, match="--async-scheduling and --num-speculative-tokens"):
+        EngineCore.build(replace(args, async_scheduling=True))

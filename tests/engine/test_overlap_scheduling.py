@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
+from engine.answer import SampledToken
 from engine.messages import EngineOutput, FinishReason, SequenceId
-from engine.plan import SampledToken, ScheduledSequence, SchedulerOutput
+from engine.plan import ScheduledSequence, SchedulerOutput
 from engine.scheduler import Scheduler, _Step
 from engine.sequence import Sequence, SequenceStatus
 from tests.engine.test_scheduler import (
@@ -23,6 +24,8 @@ from tests.engine.test_scheduler import (
     make_scheduler,
     request,
 )
+
+Sampled = dict[SequenceId, tuple[SampledToken, ...]]
 
 
 class LateRunner(FakeRunner):
@@ -53,7 +56,7 @@ class Flight:
     """A plan, and what its result will be."""
 
     plan: SchedulerOutput
-    sampled: dict[SequenceId, SampledToken]
+    sampled: Sampled
     failed: frozenset[str]
 
 
@@ -65,6 +68,7 @@ class LateMachine(Machine):
     def step(self, tokens: list[int], broken: set[int] = frozenset(), clip_fails: bool = False) -> None:  # type: ignore[assignment]
         if not isinstance(self.runner, LateRunner):
             self.runner = LateRunner(self.scheduler)
+            self.scheduler.speculation.num_tokens = 0  # drafts and overlap exclude each other
         before, self.flight = self.flight, None
         had_work = self.scheduler.has_work
         plan = self.scheduler.schedule(before.plan if before else None)
@@ -80,7 +84,7 @@ class LateMachine(Machine):
         for item in plan.scheduled:
             if item.samples and item.sequence.status is not SequenceStatus.FINISHED:
                 error = BROKEN if row in broken else None
-                sampled[item.sequence.sequence_id] = SampledToken(tokens[row % len(tokens)], error=error)
+                sampled[item.sequence.sequence_id] = (SampledToken(tokens[row % len(tokens)], error=error),)
                 row += 1
         failed = frozenset(new.content_hash for new in plan.clips_to_encode[:1]) if clip_fails else frozenset()
         if plan.clips_to_encode or any(item.sequence.status is SequenceStatus.RUNNING for item in plan.scheduled):
@@ -98,9 +102,9 @@ class LateMachine(Machine):
         for content_hash in flight.failed:
             self.runner.clips.pop(content_hash, None)
 
-    def check(self, output: EngineOutput, alive: dict[SequenceId, SampledToken], failed: frozenset[str]) -> None:
+    def check(self, output: EngineOutput, alive: Sampled, failed: frozenset[str]) -> None:
         sequence = self.live[output.sequence_id]
-        token = alive.get(output.sequence_id)
+        (token,) = alive.get(output.sequence_id, (None,))
         if output.finish_reason is FinishReason.ERROR:
             reads_failed = any(part.content_hash in failed for part in sequence.request.clips)
             assert reads_failed or (token and token.error)
@@ -146,8 +150,8 @@ def start(scheduler: Scheduler, *sequences: Sequence) -> SchedulerOutput:
     return plan
 
 
-def tokens(plan: SchedulerOutput, token_id: int) -> dict[SequenceId, SampledToken]:
-    return {item.sequence.sequence_id: SampledToken(token_id) for item in plan.scheduled if item.samples}
+def tokens(plan: SchedulerOutput, token_id: int) -> Sampled:
+    return {item.sequence.sequence_id: (SampledToken(token_id),) for item in plan.scheduled if item.samples}
 
 
 def test_a_token_whose_value_is_unknown_is_computed_next() -> None:
@@ -210,3 +214,21 @@ def test_a_choice_is_never_copied_from_one_that_is_itself_being_copied_to() -> N
     pairs = [item.block_copy for item in plan.scheduled if item.block_copy]
     assert len(pairs) == 2
     assert {source for source, _ in pairs} == {choices[1].block_table[1]}
+
+
+def test_one_that_is_known_to_end_keeps_no_room_from_a_long_prompt() -> None:
+    scheduler = make_scheduler(long_prefill_token_threshold=4)
+    first = start(scheduler, add(scheduler, request("short", [3], max_tokens=1)))
+    long = add(scheduler, request("long", [20]))
+    second = scheduler.schedule(first)
+    assert [(item.sequence, item.num_tokens) for item in second.scheduled] == [(long, 16)]
+
+
+def test_nor_does_one_that_waits_for_its_token() -> None:
+    scheduler = make_scheduler(long_prefill_token_threshold=4)
+    short, long = add(scheduler, request("short", [2])), add(scheduler, request("long", [30]))
+    first = start(scheduler, short, long)
+    assert [item.num_tokens for item in first.scheduled] == [2, 14]
+    scheduler._preempt(short, _Step(0, 0))
+    second = scheduler.schedule(first)
+    assert [(item.sequence, item.num_tokens) for item in second.scheduled] == [(long, 16)]

@@ -19,9 +19,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from engine.answer import SampledToken
 from engine.guidance import TokenMasks
-from engine.messages import EngineRequest, SamplingParams
+from engine.messages import EngineRequest, SamplingParams, SequenceId
 from engine.noise import _MIX_1, _MIX_2, gumbel
+from engine.sample_row import SampleRow
 from engine.sampler import MAX_PARTIAL, Sampler
 from engine.sequence import Sequence
 
@@ -51,8 +53,16 @@ def logits_of(rows: int = 1, vocab_size: int = V, seed: int = 0, spread: float =
 def draw(logits: Tensor, sequences: list[Sequence], sampler: Sampler | None = None) -> list[int]:
     """Token of each row."""
     sampler = sampler or Sampler(len(sequences), logits.shape[1], torch.device("cpu"))
-    sampled = sampler.sample(logits.clone(), sequences).result()
+    sampled = sample(sampler, logits, sequences)
     return [sampled[s.sequence_id].token_id for s in sequences]
+
+
+def sample(
+    sampler: Sampler, logits: Tensor, sequences: list[Sequence], masks: TokenMasks | None = None
+) -> dict[SequenceId, SampledToken]:
+    """The one token of each sequence, without drafts."""
+    sampled = sampler.sample(logits.clone(), [SampleRow(s) for s in sequences], masks).result()
+    return {key: token for key, (token,) in sampled.items()}
 
 
 def many(count: int, logits: Tensor, **params: Any) -> np.ndarray:
@@ -351,11 +361,11 @@ def _mix(x: int) -> int:
 def test_a_row_that_is_not_a_number_fails_alone(kind: dict[str, Any]) -> None:
     logits = torch.stack([logits_of(seed=row)[0] for row in range(3)])
     sequences = [sequence(request_id=name, **kind) for name in "abc"]
-    healthy = Sampler(3, V, torch.device("cpu")).sample(logits.clone(), sequences).result()
+    healthy = sample(Sampler(3, V, torch.device("cpu")), logits, sequences)
     for spoiled in (slice(None), slice(5, 6)):
         broken = logits.clone()
         broken[1, spoiled] = float("nan")
-        sampled = Sampler(3, V, torch.device("cpu")).sample(broken, sequences).result()
+        sampled = sample(Sampler(3, V, torch.device("cpu")), broken, sequences)
         assert sampled["b", 0].error
         for name in "ac":
             assert (sampled[name, 0].error, sampled[name, 0].token_id) == (None, healthy[name, 0].token_id)
@@ -366,7 +376,7 @@ def test_logprobs_are_of_the_raw_logits_best_first() -> None:
     params = {"temperature": 0.2, "presence_penalty": 1.0, "logit_bias": ((5, 9.0),), "top_k": 3}
     expected = logits[0].double().log_softmax(-1)
     sampler = Sampler(1, V, torch.device("cpu"))
-    sampled = sampler.sample(logits.clone(), [sequence(logprobs=4, **params)]).result()["r", 0]
+    sampled = sample(sampler, logits, [sequence(logprobs=4, **params)])["r", 0]
     assert sampled.logprobs is not None
     assert sampled.logprobs.token_id == sampled.token_id
     assert sampled.logprobs.logprob == pytest.approx(float(expected[sampled.token_id]), abs=1e-5)
@@ -377,7 +387,7 @@ def test_logprobs_are_of_the_raw_logits_best_first() -> None:
 
 @pytest.mark.parametrize(("asked", "given"), [(None, None), (0, 0), (20, 20)])
 def test_as_many_logprobs_as_asked(asked: int | None, given: int | None) -> None:
-    sampled = Sampler(1, V, torch.device("cpu")).sample(logits_of(), [sequence(logprobs=asked)]).result()["r", 0]
+    sampled = sample(Sampler(1, V, torch.device("cpu")), logits_of(), [sequence(logprobs=asked)])["r", 0]
     assert (None if sampled.logprobs is None else len(sampled.logprobs.top)) == given
 
 
@@ -402,9 +412,9 @@ def masks_of(rows: tuple[int, ...], allowed: set[int], forced: tuple[tuple[int, 
 def test_a_mask_holds_whatever_the_parameters_say(params: dict[str, Any]) -> None:
     sequences = [sequence(seed=seed, request_id=str(seed), logprobs=1, **params) for seed in range(40)]
     logits = logits_of(40)
-    free = Sampler(40, V, torch.device("cpu")).sample(logits.clone(), sequences).result()
+    free = sample(Sampler(40, V, torch.device("cpu")), logits, sequences)
     masks = masks_of(tuple(range(0, 40, 2)), {7, 40, 63})
-    sampled = Sampler(40, V, torch.device("cpu")).sample(logits.clone(), sequences, masks).result()
+    sampled = sample(Sampler(40, V, torch.device("cpu")), logits, sequences, masks)
     assert {sampled[str(row), 0].token_id for row in masks.rows} <= {7, 40, 63}
     assert all(sampled[str(row), 0] == free[str(row), 0] for row in range(1, 40, 2))
     best = int(logits[0].argmax())
@@ -417,5 +427,5 @@ def test_a_forced_token_is_sampled_where_nothing_else_is_left() -> None:
         for seed in range(8)
     ]
     masks = masks_of((2, 5), {12}, forced=((2, 12), (5, 12)))
-    sampled = Sampler(8, V, torch.device("cpu")).sample(logits_of(8), sequences, masks).result()
+    sampled = sample(Sampler(8, V, torch.device("cpu")), logits_of(8), sequences, masks)
     assert [row for row in range(8) if sampled[str(row), 0].token_id == 12] == [2, 5]

@@ -7,19 +7,24 @@ plans say, and fails as soon as a plan needs what is not there. No torch is impo
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.answer import SampledToken
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
 from engine.messages import AudioClip, EngineOutput, EngineRequest, FinishReason, SamplingParams, SequenceId
-from engine.scheduler import SampledToken, ScheduledSequence, Scheduler, SchedulerOutput, _Step
+from engine.plan import ScheduledSequence, SchedulerOutput
+from engine.prompt_lookup import PromptLookup
+from engine.scheduler import Scheduler, _Step
 from engine.sequence import Sequence, SequenceStatus
+from engine.speculation import Speculation
 from model.config import num_audio_tokens, num_mel_frames
 
 STOP = 1
@@ -54,14 +59,31 @@ def request(
     return EngineRequest(request_id, tuple(ids), params, tuple(clips), n, priority)
 
 
-def make_scheduler(**changes: int) -> Scheduler:
+class RandomLookup(PromptLookup):
+    """Proposes anything."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.known: set[SequenceId] = set()
+        self.random = Random(0)
+
+    def propose(self, sequence: Sequence, num_tokens: int) -> tuple[int, ...]:
+        self.known.add(sequence.sequence_id)
+        return tuple(self.random.choices([STOP, 2, 3, 4, 6], k=self.random.randint(0, num_tokens)))
+
+    def release(self, sequence_id: SequenceId) -> None:
+        self.known.discard(sequence_id)
+
+
+def make_scheduler(lookup: PromptLookup | None = None, num_drafts: int = 0, **changes: int) -> Scheduler:
     sizes = {
         "num_blocks": 32, "block_size": 4, "capacity": 24, "max_num_seqs": 4,
         "max_num_batched_tokens": 16, "max_encoder_frames": num_mel_frames(len(LARGEST.samples)),
         "max_model_len": 40,
     } | changes  # fmt: skip
     blocks = BlockManager(sizes.pop("num_blocks"), sizes.pop("block_size"))
-    return Scheduler(blocks, EncoderCache(sizes.pop("capacity")), **sizes)
+    speculation = Speculation(lookup or RandomLookup(), num_drafts, sizes["max_model_len"])
+    return Scheduler(blocks, EncoderCache(sizes.pop("capacity")), **sizes, speculation=speculation)
 
 
 def add(scheduler: Scheduler, request: EngineRequest) -> Sequence:
@@ -124,13 +146,22 @@ class FakeRunner:
             assert sequence in self.scheduler.running
             assert item.num_tokens >= 1
             assert item.start == sequence.num_computed_tokens
-            assert item.start + item.num_tokens <= sequence.num_tokens
-            assert item.samples == (item.start + item.num_tokens == sequence.num_tokens)
+            num_drafts = len(item.draft_token_ids)
+            assert item.start + item.num_tokens - num_drafts <= sequence.num_tokens
+            assert item.samples == (item.start + item.num_tokens - num_drafts == sequence.num_tokens)
+            self._check_drafts(sequence, num_drafts, item)
             for position in range(item.start, item.start + item.num_tokens):
                 block = sequence.block_table[position // size]
                 assert block != 0, "the null block is never written"
                 written[block * size + position % size] += 1
         assert not written or max(written.values()) == 1, "two tokens share a slot"
+
+    def _check_drafts(self, sequence: Sequence, num_drafts: int, item: ScheduledSequence) -> None:
+        """Only behind a single token, and so few that they and one more fit into the answer."""
+        assert num_drafts == 0 or (item.samples and item.num_tokens == 1 + num_drafts)
+        if item.samples:
+            assert sequence.num_output_tokens + num_drafts + 1 <= sequence.sampling.max_tokens
+            assert sequence.num_tokens + num_drafts + 1 <= self.scheduler.max_model_len
 
     def _copy_blocks(self, plan: SchedulerOutput) -> None:
         pairs = [(item.block_copy, item) for item in plan.scheduled if item.block_copy]
@@ -149,7 +180,7 @@ class FakeRunner:
             sequence = item.sequence
             return {
                 (sequence.block_table[position // size], position % size): (
-                    sequence.request_id, *sequence.token_ids[: position + 1]
+                    sequence.request_id, *[*sequence.token_ids, *item.draft_token_ids][: position + 1]
                 )
                 for position in range(start, item.start + item.num_tokens)
             }  # fmt: skip
@@ -172,6 +203,8 @@ class Machine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         capacity=st.integers(LARGEST.num_tokens, 2 * LARGEST.num_tokens),
         extra_frames=st.integers(0, 60),
+        num_drafts=st.integers(0, 5),
+        threshold=st.integers(0, 12),
     )
     def build(
         self,
@@ -182,8 +215,13 @@ class Machine(RuleBasedStateMachine):
         budget: int,
         capacity: int,
         extra_frames: int,
+        num_drafts: int,
+        threshold: int,
     ) -> None:
+        self.lookup = RandomLookup()
         self.scheduler = make_scheduler(
+            self.lookup,
+            num_drafts,
             num_blocks=1 + context_blocks + extra_blocks,
             block_size=block_size,
             capacity=capacity,
@@ -191,6 +229,7 @@ class Machine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_encoder_frames=num_mel_frames(len(LARGEST.samples)) + extra_frames,
             max_model_len=context_blocks * block_size,
+            long_prefill_token_threshold=threshold,
         )
         self.runner = FakeRunner(self.scheduler)
         self.num_requests = 0
@@ -262,8 +301,13 @@ class Machine(RuleBasedStateMachine):
         sampled, row = {}, 0
         for item in plan.scheduled:
             if item.samples:
+                num_accepted = self.lookup.random.randint(0, len(item.draft_token_ids))
+                ids = (*item.draft_token_ids[:num_accepted], tokens[row % len(tokens)])
                 error = BROKEN if row in broken else None
-                sampled[item.sequence.sequence_id] = SampledToken(tokens[row % len(tokens)], error=error)
+                sampled[item.sequence.sequence_id] = (
+                    *map(SampledToken, ids[:-1]),
+                    SampledToken(ids[-1], error=error),
+                )
                 row += 1
         failed = frozenset(new.content_hash for new in plan.clips_to_encode[:1]) if clip_fails else frozenset()
         spoiled = {
@@ -286,40 +330,55 @@ class Machine(RuleBasedStateMachine):
             assert first in [item.sequence for item in plan.scheduled]
 
     def take(
-        self, outputs: list[EngineOutput], sampled: dict[SequenceId, SampledToken], spoiled: set[SequenceId]
+        self,
+        outputs: list[EngineOutput],
+        sampled: dict[SequenceId, tuple[SampledToken, ...]],
+        spoiled: set[SequenceId],
     ) -> None:
-        """Every sampled token comes out once, and every end is for the reason that it should be."""
+        """Every sampled token comes out once, up to the end, and every end is for the reason that it should be."""
         assert {output.sequence_id for output in outputs} == sampled.keys() | spoiled
         assert len(outputs) == len({output.sequence_id for output in outputs})
         for output in outputs:
             sequence = self.live[output.sequence_id]
-            params = sequence.sampling
-            token = sampled.get(output.sequence_id)
-            if output.sequence_id in spoiled or (token is not None and token.error):
+            given = self.given[output.sequence_id]
+            new, expected = self.expect(sequence, sampled.get(output.sequence_id, ()))
+            if output.sequence_id in spoiled or expected is FinishReason.ERROR:
                 assert output.finish_reason is FinishReason.ERROR
                 assert output.error
                 assert not output.new_token_ids
             else:
-                assert token is not None
-                assert output.new_token_ids == (token.token_id,)
-                given = self.given[output.sequence_id]
-                given.append(token.token_id)
+                assert list(output.new_token_ids) == new
+                given += new
                 assert sequence.token_ids[sequence.num_prompt_tokens :] == given, "a preemption lost a token"
-                stops = token.token_id == STOP and len(given) >= params.min_tokens
-                full = len(given) >= params.max_tokens or sequence.num_tokens >= self.scheduler.max_model_len
-                expected = FinishReason.STOP if stops else FinishReason.LENGTH if full else None
                 assert output.finish_reason is expected
+                assert output.stop_token_id == (STOP if expected is FinishReason.STOP else None)
             if output.finish_reason is not None:
                 del self.live[output.sequence_id]
                 assert sequence.status is SequenceStatus.FINISHED
         known = {request_id for request_id, _ in self.live}
         assert all(self.scheduler.knows(output.request_id) == (output.request_id in known) for output in outputs)
 
+    def expect(self, sequence: Sequence, tokens: tuple[SampledToken, ...]) -> tuple[list[int], FinishReason | None]:
+        """-> the tokens up to the end of the answer, and how it ends."""
+        num_given = len(self.given[sequence.sequence_id])
+        for count, token in enumerate(tokens, 1):
+            num_output = num_given + count
+            num_tokens = sequence.num_prompt_tokens + num_output
+            if token.error:
+                return [], FinishReason.ERROR
+            new = [token.token_id for token in tokens[:count]]
+            if token.token_id == STOP and num_output >= sequence.sampling.min_tokens:
+                return new, FinishReason.STOP
+            if num_output >= sequence.sampling.max_tokens or num_tokens >= self.scheduler.max_model_len:
+                return new, FinishReason.LENGTH
+        return [token.token_id for token in tokens], None
+
     @invariant()
     def nothing_is_lost_or_held_twice(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
             assert {s.sequence_id for s in (*self.scheduler.running, *self.scheduler.waiting)} == self.live.keys()
+            assert self.lookup.known <= self.live.keys()
 
     @invariant()
     def first_come_is_first_served(self) -> None:
@@ -367,7 +426,7 @@ def run(scheduler: Scheduler, runner: FakeRunner, token: int = 2) -> tuple[Sched
     """One step in which every sequence that samples gets `token`."""
     plan = scheduler.schedule()
     runner.execute(plan)
-    sampled = {item.sequence.sequence_id: SampledToken(token) for item in plan.scheduled if item.samples}
+    sampled = {item.sequence.sequence_id: (SampledToken(token),) for item in plan.scheduled if item.samples}
     outputs = scheduler.update(plan, sampled)
     scheduler.check_integrity()
     return plan, outputs
@@ -448,7 +507,7 @@ def test_a_clip_that_fails_ends_its_sequences_and_may_be_tried_again() -> None:
         add(scheduler, request(name, parts))
     plan = scheduler.schedule()
     runner.execute(plan)
-    sampled = {(name, 0): SampledToken(2) for name in ("a", "b", "c")}
+    sampled = {(name, 0): (SampledToken(2),) for name in ("a", "b", "c")}
     outputs = scheduler.update(plan, sampled, frozenset({POOL[3].content_hash}))
     assert {o.request_id: o.finish_reason for o in outputs} == {
         "a": FinishReason.ERROR,
@@ -539,6 +598,19 @@ def test_forks_share_full_blocks_and_copy_the_last() -> None:
     assert scheduler.blocks.usage == 0
 
 
+def test_nobody_forks_from_a_block_that_this_very_step_copies() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=64)
+    runner = FakeRunner(scheduler)
+    choices = add_choices(scheduler, request("a", [10], n=3, max_tokens=9))
+    run(scheduler, runner)
+    run(scheduler, runner)
+    for choice in choices[:2]:
+        scheduler._preempt(choice, _Step(0, 0))
+    plan, _ = run(scheduler, runner)
+    copies = [item.block_copy for item in plan.scheduled if item.block_copy]
+    assert [source for source, _ in copies] == [choices[2].block_table[2]] * 2
+
+
 @pytest.mark.parametrize("length", [1, 9])
 def test_a_fork_whose_last_block_holds_one_token_copies_nothing(length: int) -> None:
     scheduler = make_scheduler(max_num_batched_tokens=64)
@@ -594,6 +666,103 @@ def test_other_requests_do_not_wait_for_a_prompt_that_choices_wait_for() -> None
     add_choices(scheduler, request("a", [7], n=3))
     add(scheduler, request("b", [1]))
     assert shape(run(scheduler, runner)[0]) == {"a": (0, 7), "b": (0, 1)}
+
+
+def test_a_long_prompt_leaves_half_of_each_step_to_short_ones() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_model_len=64, max_num_batched_tokens=16, max_num_seqs=8,
+                               long_prefill_token_threshold=10)  # fmt: skip
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("long", [50]))
+    assert shape(run(scheduler, runner)[0]) == {"long": (0, 16)}  # nobody else is there
+    for name in "abc":
+        add(scheduler, request(name, [5], max_tokens=1))
+    assert shape(run(scheduler, runner)[0]) == {"long": (16, 8), "a": (0, 5), "b": (0, 3)}
+    assert shape(run(scheduler, runner)[0]) == {"long": (24, 8), "b": (3, 2), "c": (0, 5)}
+    assert shape(run(scheduler, runner)[0]) == {"long": (32, 16)}
+    assert shape(run(scheduler, runner)[0]) == {"long": (48, 2)}
+
+
+def test_long_prompts_share_one_lane_in_order_of_rank_and_are_passed_by_short_ones() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_model_len=64, max_num_batched_tokens=16, max_num_seqs=8,
+                               long_prefill_token_threshold=10)  # fmt: skip
+    runner = FakeRunner(scheduler)
+    for name, length in (("first", 30), ("second", 30), ("short", 5)):
+        add(scheduler, request(name, [length], max_tokens=1))
+    assert shape(run(scheduler, runner)[0]) == {"first": (0, 8), "short": (0, 5)}
+    assert shape(run(scheduler, runner)[0]) == {"first": (8, 16)}
+    assert shape(run(scheduler, runner)[0]) == {"first": (24, 6), "second": (0, 10)}
+
+
+@pytest.mark.parametrize(
+    ("priority", "expected"),
+    [
+        (-1, {"long": (16, 16)}),
+        (0, {"long": (16, 8), "equal": (0, 3)}),
+        (1, {"long": (16, 8), "equal": (0, 3), "later": (0, 3)}),
+    ],
+)
+def test_what_a_long_prompt_leaves_is_not_for_those_behind_it_in_priority(
+    priority: int, expected: dict[str, tuple[int, int]]
+) -> None:
+    scheduler = make_scheduler(
+        num_blocks=64,
+        max_model_len=64,
+        max_num_batched_tokens=16,
+        max_num_seqs=8,
+        long_prefill_token_threshold=10,
+    )
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("long", [40], priority=priority))
+    run(scheduler, runner)
+    add(scheduler, request("equal", [3], max_tokens=1))
+    add(scheduler, request("later", [3], max_tokens=1, priority=1))
+    assert shape(run(scheduler, runner)[0]) == expected
+
+
+def test_a_short_prompt_that_could_not_start_holds_no_long_one_back() -> None:
+    scheduler = make_scheduler(num_blocks=11, max_model_len=40, max_num_batched_tokens=16, max_num_seqs=8,
+                               long_prefill_token_threshold=10)  # fmt: skip
+    runner = FakeRunner(scheduler)
+    add(scheduler, request("long", [37]))
+    run(scheduler, runner)
+    add(scheduler, request("short", [9]))  # all blocks are taken
+    assert shape(run(scheduler, runner)[0]) == {"long": (16, 16)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(20, 60),
+    threshold=st.integers(10, 19),
+    budget=st.integers(2, 24),
+    arrivals=st.lists(st.integers(1, 10), min_size=1, max_size=4),
+    num_long=st.integers(1, 3),
+)
+def test_neither_long_nor_short_prompts_starve_while_more_and_more_arrive(
+    length: int, threshold: int, budget: int, arrivals: list[int], num_long: int
+) -> None:
+    """Short ones come with each step and end in order; long ones end as if half of each step were theirs."""
+    scheduler = make_scheduler(
+        num_blocks=400,
+        max_model_len=64,
+        max_num_batched_tokens=budget,
+        max_num_seqs=64,
+        long_prefill_token_threshold=threshold,
+    )
+    runner = FakeRunner(scheduler)
+    for number in range(num_long):
+        add(scheduler, request(f"long {number}", [length], max_tokens=1))
+    ended: list[str] = []
+    bound = num_long * -(-length // max(1, budget // 2)) + 1
+    for step in range(bound):
+        for number, tokens in enumerate(arrivals):
+            add(scheduler, request(f"short {step:03} {number}", [tokens], max_tokens=1))
+        _, outputs = run(scheduler, runner)
+        ended += sorted(output.request_id for output in outputs)
+    for kind in ("long", "short"):
+        served = [name for name in ended if name.startswith(kind)]
+        assert served == sorted(served)
+    assert sum(name.startswith("long") for name in ended) == num_long
+    assert any(name.startswith("short") for name in ended)
 
 
 @pytest.mark.parametrize("spoil", ["lose", "share", "null"])

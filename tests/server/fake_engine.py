@@ -28,6 +28,8 @@ INFO = EngineInfo(
     num_blocks=1000,
     block_size=16,
     max_num_seqs=8,
+    max_num_batched_tokens=512,
+    max_num_batched_tokens_reason="fake",
     load_seconds=0.0,
 )
 

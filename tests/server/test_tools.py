@@ -199,6 +199,53 @@ def test_a_call_that_is_whole_at_the_limit_is_not_cut(served: Served) -> None:
         assert choice.finish_reason == reason
 
 
+@pytest.mark.parametrize("num_tokens", [2, 3, 7, 1000])
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_that_come_together_change_nothing(served: Served, num_tokens: int, stream: bool) -> None:
+    """Speculative decoding gives several in a step, and a call or a stop string may end the answer among them."""
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (f"I'll look.\n{CALL}\n{TIME_CALL}\nand more", {"parallel_tool_calls": False}),
+        (f"I'll look.\n{CALL}\n{TIME_CALL}", {"n": 2}),
+        ("What does the person say? héllo 🎉 wörld", {"stop": ["son sa"], "tools": None}),
+        ("What does the person say? héllo 🎉 wörld", {"max_completion_tokens": 11, "tools": None, "n": 2}),
+        ("What does the person say?", {"return_token_ids": True, "tools": None}),
+    ]
+    for text, fields in cases:
+        told = []
+        for together in (1, num_tokens):
+            served.say(text, tokens_per_step=together)
+            options = {"logprobs": True, "top_logprobs": 1, **fields}
+            told.append(told_by(served, options, stream=stream))
+        assert told[1] == told[0]
+
+
+def told_by(served: Served, fields: dict[str, Any], *, stream: bool) -> Any:
+    """What a client has of an answer in the end: by choice, whatever the pieces were; and usage."""
+    if not stream:
+        body = served.post(ask(**fields)).json()
+        return without_ids(body["choices"]), body["usage"]
+    chunks = events(served.post(ask(stream=True, stream_options={"include_usage": True}, **fields)).text)
+    told: dict[int, list[Any]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            delta, known = choice["delta"], told.setdefault(choice["index"], ["", "", [], [], None])
+            known[0] += delta.get("content") or ""
+            for call in delta.get("tool_calls") or ():
+                known[1] += (call["function"].get("name") or "") + (call["function"].get("arguments") or "")
+            known[2] += (choice.get("logprobs") or {}).get("content") or []
+            known[3] += choice.get("token_ids") or []
+            known[4] = choice["finish_reason"] or known[4]
+    return told, chunks[-1]["usage"]
+
+
+def without_ids(choices: list[Any]) -> list[Any]:
+    """Calls have random ids."""
+    for choice in choices:
+        for call in choice["message"].get("tool_calls") or ():
+            del call["id"]
+    return choices
+
+
 def test_choice_none_means_no_tools(served: Served, tokenizer: Tokenizer) -> None:
     served.say(CALL)
     choice = create(served, tool_choice="none").choices[0]

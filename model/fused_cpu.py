@@ -1,0 +1,95 @@
+"""Row-wise layers in one pass over memory on a CPU, compiled by numba. RMSNorm of bfloat16 takes torch eight.
+
+Roundings are those of the reference, operator by operator. All tensors are bfloat16.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from model.compiled import compile_region, exp2, narrow, parallel_region, pointer, take_next, widen
+
+ARGUMENTS = np.dtype(
+    [
+        *((name, np.int64) for name in ("num_rows", "width", "x", "weight", "out", "next_item")),
+        ("eps", np.float32),
+    ],
+    align=True,
+)
+ROWS = 8
+"""Of an item of work."""
+MINUS_LOG2_E = -1.4426950408889634
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Statistics in float32, rounded, then times the weight. x: [T, C], weight: [C] -> [T, C]."""
+    x = x.contiguous()
+    return _run(_rms_norm(), x, torch.empty_like(x), weight.data_ptr(), eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up. x: [T, 2 C], the gates first -> [T, C]."""
+    x = x.contiguous()
+    return _run(_swiglu(), x, x.new_empty(x.shape[0], x.shape[1] // 2))
+
+
+def _run(kernel: int, x: Tensor, out: Tensor, weight: int = 0, eps: float = 0.0) -> Tensor:
+    num_rows, width = out.shape
+    counter = np.zeros(1, dtype=np.int64)
+    arguments = np.zeros(1, dtype=ARGUMENTS)
+    arguments[0] = num_rows, width, x.data_ptr(), weight, out.data_ptr(), counter.ctypes.data, eps
+    region = parallel_region()
+    assert region is not None, "installed only where torch has this runtime"
+    region(kernel, arguments.ctypes.data, min(torch.get_num_threads(), -(-num_rows // ROWS)), 0)
+    return out
+
+
+@cache
+def _rms_norm() -> int:
+    @compile_region(ARGUMENTS)
+    def region(arguments: Any) -> None:
+        a = carray(arguments, 1)[0]
+        x = carray(pointer(a.x), (a.num_rows, a.width), np.int16)
+        out = carray(pointer(a.out), (a.num_rows, a.width), np.int16)
+        weight = carray(pointer(a.weight), a.width, np.int16)
+        while True:
+            first = take_next(a.next_item) * ROWS
+            if first >= a.num_rows:
+                break
+            for row in range(first, min(first + ROWS, a.num_rows)):
+                total = np.float32(0)
+                for i in range(a.width):
+                    value = widen(x[row, i])
+                    total += value * value
+                scale = np.float32(1) / np.sqrt(total / np.float32(a.width) + a.eps)
+                for i in range(a.width):
+                    normal = widen(narrow(widen(x[row, i]) * scale))
+                    out[row, i] = narrow(widen(weight[i]) * normal)
+
+    return region
+
+
+@cache
+def _swiglu() -> int:
+    @compile_region(ARGUMENTS)
+    def region(arguments: Any) -> None:
+        a = carray(arguments, 1)[0]
+        x = carray(pointer(a.x), (a.num_rows, 2 * a.width), np.int16)
+        out = carray(pointer(a.out), (a.num_rows, a.width), np.int16)
+        while True:
+            first = take_next(a.next_item) * ROWS
+            if first >= a.num_rows:
+                break
+            for row in range(first, min(first + ROWS, a.num_rows)):
+                for i in range(a.width):
+                    gate = widen(x[row, i])
+                    silu = gate / (np.float32(1) + exp2(gate * np.float32(MINUS_LOG2_E)))
+                    out[row, i] = narrow(widen(narrow(silu)) * widen(x[row, a.width + i]))
+
+    return region
