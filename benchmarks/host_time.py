@@ -48,9 +48,9 @@ class NoModel(nn.Module):
 
     def __init__(self, real: Any) -> None:
         super().__init__()
-        self.config, self.lm_head = real.config, real.lm_head
+        self.config = real.config
         generator = torch.Generator().manual_seed(0)
-        self._logits = torch.randn(real.config.text.vocab_size, generator=generator).to(self.lm_head.weight.device)
+        self._logits = torch.randn(real.config.text.vocab_size, generator=generator).to(real.device)
 
     def encode_audio(self, clips: list[Tensor]) -> list[Tensor]:
         """-> [A_i, C] each."""
@@ -111,7 +111,7 @@ def build(args: argparse.Namespace) -> EngineCore:
     core = EngineCore.build(
         EngineArgs(
             str(args.model), device=args.device, max_num_seqs=args.sequences, max_num_batched_tokens=4096,
-            kv_cache_memory_bytes=args.kv_bytes, num_threads=1, encoder_cache_tokens=300 * args.sequences,
+            kv_cache_memory_bytes=args.kv_bytes, num_threads=1, encoder_cache_bytes=1 << 30,
             async_scheduling=args.async_scheduling,
         )
     )  # fmt: skip

@@ -49,7 +49,7 @@ class Limits:
         """A fresh one."""
         return Scheduler(
             BlockManager(self.kv_cache_tokens // self.block_size + 1, self.block_size),
-            EncoderCache(self.encoder_cache_tokens),
+            EncoderCache(self.encoder_cache_tokens, row_bytes=1),
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_encoder_frames=self.max_encoder_frames,

@@ -64,8 +64,11 @@ def _parser() -> argparse.ArgumentParser:
 def _options(name: str, field: FieldInfo) -> dict[str, Any]:
     text = (field.description or "").replace("%", "%%")
     if field.default not in (None, ()) and "default:" not in text:
-        shown = "audio=16" if name == "limit_mm_per_prompt" else field.default
+        words = {True: "on", False: "off"} if field.annotation is bool else {}
+        shown = "audio=16" if name == "limit_mm_per_prompt" else words.get(field.default, field.default)
         text += f" (default: {shown})"
+    if field.annotation is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": text}
     if isinstance(field.default, tuple):
         return {"nargs": "+", "action": "extend", "metavar": metavar_of(field), "help": text}
     if bool in (field.annotation, *get_args(field.annotation)):

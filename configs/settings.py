@@ -119,6 +119,14 @@ class Settings(BaseModel):
         ge=1,
         le=64,
     )
+    enable_prefix_caching: bool = _setting(
+        "engine",
+        True,
+        "keep what is computed of prompts and answers, while there is room, for prompts that begin alike",
+    )
+    encoder_cache_mb: float = _setting(
+        "engine", 128, "memory for encoded clips, in MiB; at least one clip is kept while it is needed", ge=0
+    )
     gpu_memory_utilization: float = _setting(
         "engine", 0.92, "share of the GPU's memory that weights and KV cache may take", gt=0, le=1
     )

@@ -37,6 +37,7 @@ def grow(sequence: Sequence, tokens: tuple[SampledToken, ...], max_model_len: in
         logprobs=tuple(token.logprobs for token in tokens[: len(new_token_ids)] if token.logprobs),
         finish_reason=reason,
         stop_token_id=token.token_id if reason is FinishReason.STOP and is_stop_token else None,
+        num_cached_tokens=sequence.num_cached_tokens if num_before == sequence.num_prompt_tokens else 0,
         index=sequence.index,
     )
 

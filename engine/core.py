@@ -36,6 +36,7 @@ from engine.messages import (
 )
 from engine.model_runner import ModelRunner, PendingStep, StepResult
 from engine.plan import ScheduledSequence, SchedulerOutput
+from engine.prefix_cache import PrefixCache
 from engine.prompt_lookup import PromptLookup
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus, choice_seed
@@ -291,7 +292,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         raise EngineStartError("--quantization int8 is for --device cpu")
     with ThreadPoolExecutor(1) as compiler:
         if device.type == "cpu":
-            compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0])
+            compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
         model = load_model(folder, config, backend, dtype, device, progress)
     if device.type == "cpu":
         compiled.result()
@@ -318,24 +319,28 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
     )
     runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
-    return EngineCore(runner, _scheduler(args, info), info, args.seed)
+    return EngineCore(runner, _scheduler(args, config, info, dtype), info, args.seed)
 
 
-def _scheduler(args: EngineArgs, info: EngineInfo) -> Scheduler:
+def _scheduler(args: EngineArgs, config: Qwen2AudioConfig, info: EngineInfo, dtype: torch.dtype) -> Scheduler:
+    row_bytes = config.text.hidden_size * dtype.itemsize
+    clip_bytes = num_audio_tokens(MAX_AUDIO_SAMPLES) * row_bytes
+    prefix_cache = PrefixCache(info.block_size) if args.enable_prefix_caching else None
     return Scheduler(
-        BlockManager(info.num_blocks, info.block_size),
-        EncoderCache(max(args.encoder_cache_tokens, num_audio_tokens(MAX_AUDIO_SAMPLES))),
+        BlockManager(info.num_blocks, info.block_size, prefix_cache),
+        EncoderCache(max(args.encoder_cache_bytes, clip_bytes), row_bytes),
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_encoder_frames=max(args.max_encoder_frames, MAX_MEL_FRAMES),
         max_model_len=info.max_model_len,
+        frame_cost=config.frame_cost,
         speculation=_speculation(args, info.max_model_len),
         long_prefill_token_threshold=args.long_prefill_token_threshold,
     )
 
 
 def _overlaps(args: EngineArgs, device: torch.device) -> bool:
-    """Guesses are made from the tokens of the step before, so that one has to be through."""
+    """Drafts are made from the tokens of the step before, so that one has to be through."""
     if args.num_speculative_tokens and args.async_scheduling:
         raise EngineStartError(
             "--async-scheduling and --num-speculative-tokens exclude each other: drafts need the tokens before them"

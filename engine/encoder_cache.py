@@ -2,7 +2,8 @@
 
 An entry is keyed by the clip's content hash, so identical clips in flight are encoded once. A sequence holds a
 reference from the step that first needs the clip until its last placeholder is computed. Unreferenced entries
-stay until room is needed and go in order of last use. Sizes are counted in audio tokens (rows of embeddings).
+stay until room is needed and go in order of last use. The budget is in bytes: a clip takes a row of embeddings for
+each of its audio tokens.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from engine.messages import AudioClip, SequenceId
 
 @dataclass(slots=True)
 class _Entry:
-    num_tokens: int
+    num_bytes: int
     holders: set[SequenceId] = field(default_factory=set)
 
 
 class EncoderCache:
     """See the module's docstring."""
 
-    def __init__(self, capacity: int) -> None:
-        """capacity: audio tokens; at least one whole clip."""
+    def __init__(self, capacity: int, row_bytes: int) -> None:
+        """capacity: bytes; at least one whole clip's. row_bytes: of one audio token's embedding."""
         self.capacity = capacity
+        self.row_bytes = row_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._evicted: list[str] = []
 
@@ -40,19 +42,20 @@ class EncoderCache:
 
     def can_hold(self, num_tokens: int) -> bool:
         """Whether clips of `num_tokens` in all, not held so far, fit beside those that are."""
-        held = sum(entry.num_tokens for entry in self._entries.values() if entry.holders)
-        return held + num_tokens <= self.capacity
+        held = sum(entry.num_bytes for entry in self._entries.values() if entry.holders)
+        return held + num_tokens * self.row_bytes <= self.capacity
 
     def add(self, clip: AudioClip) -> None:
         """Reserve room for a clip about to be encoded. Call `can_hold` first."""
         assert clip.content_hash not in self._entries, "one entry for each hash"
-        used = sum(entry.num_tokens for entry in self._entries.values())
+        num_bytes = clip.num_tokens * self.row_bytes
+        used = sum(entry.num_bytes for entry in self._entries.values())
         for content_hash in [key for key, entry in self._entries.items() if not entry.holders]:
-            if used + clip.num_tokens <= self.capacity:
+            if used + num_bytes <= self.capacity:
                 break
-            used -= self._entries[content_hash].num_tokens
+            used -= self._entries[content_hash].num_bytes
             self.drop(content_hash)
-        self._entries[clip.content_hash] = _Entry(clip.num_tokens)
+        self._entries[clip.content_hash] = _Entry(num_bytes)
 
     def hold(self, clip: AudioClip, holder: SequenceId) -> None:
         """Keep the clip for a sequence, and mark it as used."""
@@ -95,4 +98,4 @@ class EncoderCache:
         """Only running sequences hold clips, and the budget is kept. Raises AssertionError."""
         for entry in self._entries.values():
             assert entry.holders <= running, "a sequence that does not run holds a clip"
-        assert sum(entry.num_tokens for entry in self._entries.values()) <= self.capacity
+        assert sum(entry.num_bytes for entry in self._entries.values()) <= self.capacity

@@ -8,7 +8,7 @@ from engine.errors import EngineStartError
 from engine.messages import EngineArgs
 from model.attention import AttentionMetadata
 from model.config import MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES
-from model.kv_cache import allocate_kv_cache, bytes_per_block, kv_cache_dtype
+from model.kv_cache import allocate_kv_cache, bytes_per_block
 from model.qwen2_audio import Qwen2Audio
 
 CPU_KV_BYTES = 2 << 30
@@ -17,7 +17,7 @@ CPU_KV_BYTES = 2 << 30
 
 def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len: int) -> int:
     """Blocks to allocate, the null block included. Raises EngineStartError when one full context does not fit."""
-    block_bytes = bytes_per_block(model.config.text, block_size, kv_cache_dtype(model.dtype, model.device))
+    block_bytes = bytes_per_block(model.config.text, block_size, model.kv_cache_dtype)
     per_sequence = -(-max_model_len // block_size)
     most = args.max_num_seqs * per_sequence  # more could never be used
     num_blocks = min(most, _budget(args, model, block_size) // block_bytes)
@@ -30,7 +30,7 @@ def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_mode
 
 
 def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
-    """Bytes for the KV cache."""
+    """Bytes for the KV cache. On CUDA: what weights, the largest step and the encoder cache leave."""
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes
     device = model.device
@@ -44,7 +44,7 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
     elsewhere = total - free - torch.cuda.memory_reserved(device)
     needed = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
-    return int(total * args.gpu_memory_utilization) - elsewhere - needed
+    return int(total * args.gpu_memory_utilization) - elsewhere - needed - args.encoder_cache_bytes
 
 
 @torch.inference_mode()
@@ -67,8 +67,7 @@ def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> N
         seq_lens_device=torch.tensor([num_tokens], device=device),
         query_starts=torch.tensor([0, num_tokens], device=device),
     )
-    dtype = kv_cache_dtype(model.dtype, device)
-    kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, device)
+    kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, model.kv_cache_dtype, device)
     hidden = model(model.embed(torch.zeros_like(positions)), positions, kv_cache, metadata)
     num_rows = args.max_num_seqs * (1 + args.num_speculative_tokens)
     model.compute_logits(hidden[:1].expand(min(num_rows, num_tokens), -1)).softmax(-1)

@@ -79,6 +79,8 @@ class EngineRequest:
     """Choices: answers to the one prompt, each with a seed of its own. Choice 0 is what n=1 gives."""
     priority: int = 0
     """Lower goes first; equals in order of arrival."""
+    cache_salt: str | None = None
+    """Only requests with the same salt share what is computed of their prompts."""
 
 
 SequenceId = tuple[str, int]
@@ -106,7 +108,7 @@ class EngineOutput:
     stop_token_id: int | None = None
     """The stop token that ended it (it is also the last new token)."""
     num_cached_tokens: int = 0
-    """Prompt tokens that were not computed again."""
+    """On a request's first output: prompt tokens that the prefix cache had."""
     error: str | None = None
     """With FinishReason.ERROR: what went wrong, safe to show."""
     index: int = 0
@@ -164,6 +166,10 @@ class EngineStats:
     """0..1."""
     num_preemptions: int = 0
     num_steps: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens that were looked up when sequences were admitted, since the start."""
+    prefix_cache_hits: int = 0
+    """Those of them that were found."""
     num_draft_tokens: int = 0
     """Guesses that were verified, since the engine started."""
     num_accepted_tokens: int = 0
@@ -208,8 +214,9 @@ class EngineArgs:
     """A sequence that lacks more tokens leaves room to others (see engine/long_lane.py). 0: none does."""
     max_encoder_frames: int = 12_000
     """Mel frames of new clips that one step may encode: 120 s of audio."""
-    encoder_cache_tokens: int = 16_384
-    """Audio tokens whose embeddings may stay on the device."""
+    encoder_cache_bytes: int = 128 << 20
+    """For embeddings of clips that stay on the device; at least one whole clip's are kept."""
+    enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None
     """None: from `gpu_memory_utilization` on CUDA, 2 GiB at most on a CPU."""
     gpu_memory_utilization: float = 0.92

@@ -26,7 +26,7 @@ from engine.plan import SchedulerOutput
 from engine.sample_row import sample_rows
 from engine.sampler import SampledBatch, Sampler
 from model.attention import AttentionMetadata
-from model.kv_cache import allocate_kv_cache, copy_blocks, kv_cache_dtype
+from model.kv_cache import allocate_kv_cache, copy_blocks
 from model.qwen2_audio import Qwen2Audio
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,9 @@ class ModelRunner:
         self.guidance = guidance
         self.block_size = block_size
         self.device = model.device
-        dtype = kv_cache_dtype(model.dtype, self.device)
-        self.kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, dtype, self.device)
+        self.kv_cache = allocate_kv_cache(
+            model.config.text, num_blocks, block_size, model.kv_cache_dtype, self.device
+        )
         self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, self.device)
         self._clips: dict[str, Tensor] = {}
         """Content hash -> embeddings [A, C]."""
@@ -195,4 +196,4 @@ class ModelRunner:
         for clip, rows in zip(clips, self.model.encode_audio(samples), strict=True):
             if rows.shape[0] != clip.num_tokens:
                 raise ValueError(f"{clip.num_tokens} placeholders for {rows.shape[0]} audio tokens")
-            self._clips[clip.content_hash] = rows
+            self._clips[clip.content_hash] = rows.clone()  # a view would keep all that were encoded with it

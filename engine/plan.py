@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil
 
-from engine.messages import AudioClip
+from engine.messages import AudioClip, SequenceId
 from engine.sequence import Sequence
+from model.config import num_mel_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +34,23 @@ class SchedulerOutput:
     clips_to_encode: tuple[AudioClip, ...] = ()
     evicted_clips: tuple[str, ...] = ()
     """Content hashes whose embeddings the runner may free."""
+
+
+@dataclass(slots=True)
+class PlanInProgress:
+    """What the scheduler has planned so far, and what is left of the budgets."""
+
+    tokens_left: int
+    frames_left: int
+    frame_cost: float = 0.0
+    scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
+    clips: list[AudioClip] = field(default_factory=list)
+
+    def cost(self, clip: AudioClip) -> int:
+        """Tokens of the budget that encoding the clip takes."""
+        return ceil(num_mel_frames(len(clip.samples)) * self.frame_cost)
+
+    def finish(self, evicted_clips: tuple[str, ...]) -> SchedulerOutput:
+        """The plan."""
+        scheduled = sorted(self.scheduled.values(), key=lambda item: item.num_tokens > 1)
+        return SchedulerOutput(tuple(scheduled), tuple(self.clips), evicted_clips)

@@ -10,11 +10,14 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 - Long prompts leave part of a step to short ones that need it (see long_lane).
 - A chunk ends before a clip whose embeddings cannot be had in this step. New clips are encoded under a budget of
   mel frames a step; they are kept while a sequence needs them (see encoder_cache).
+- While something decodes, encoding draws on the budget of tokens as well, at `frame_cost` tokens a mel frame, so
+  that no answer under way ever waits longer than for a chunk. One clip a step is encoded whatever it costs.
 - A request with n choices is n sequences with one prompt. The first computes it, the others wait meanwhile, and
   `_fork` lets each begin where the prompt ends: it shares the prompt's full blocks and gets a copy of the last one,
   so that nobody writes to what another reads. A fork has no output, hence no state but the prompt's: whoever keeps
-  something for each sequence begins anew with it. When the last that has the prompt ends, one choice that waits
-  keeps its full blocks; they are taken back before anybody is preempted.
+  something for each sequence begins anew with it.
+- A sequence begins after the blocks that the prefix cache has of it: another's or, after a preemption, its own. They
+  are published when a token was sampled after them: logits that are numbers vouch for all they come from.
 - A step may be planned before the result of the one before it is known: see `schedule`. What that one samples counts
   as a token whose value is not known yet. A sequence that the result then ends has a wasted place in the plan.
 """
@@ -22,30 +25,20 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from engine.answer import SampledToken, fail, grow, is_full
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
 from engine.long_lane import LongLane
-from engine.messages import AudioClip, EngineOutput, EngineStats, SequenceId
-from engine.plan import ScheduledSequence, SchedulerOutput
+from engine.messages import EngineOutput, EngineStats, FinishReason, SequenceId
+from engine.plan import PlanInProgress, ScheduledSequence, SchedulerOutput
 from engine.sequence import Sequence, SequenceStatus
 from engine.speculation import NO_SPECULATION, Speculation
 from model.config import num_mel_frames
 
 MAX_SPARE = 256
 """Tokens of the answer for which a sequence gets blocks ahead, while memory is plenty."""
-
-
-@dataclass(slots=True)
-class _Step:
-    """A plan in the making."""
-
-    tokens_left: int
-    frames_left: int
-    scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
-    clips: list[AudioClip] = field(default_factory=list)
 
 
 class Scheduler:
@@ -60,15 +53,18 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_encoder_frames: int,
         max_model_len: int,
+        frame_cost: float = 0.0,
         speculation: Speculation = NO_SPECULATION,
         long_prefill_token_threshold: int = 0,
     ) -> None:
+        """frame_cost: tokens that take as long to compute as a mel frame to encode (see model.config)."""
         self.blocks = blocks
         self.encoder_cache = encoder_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_encoder_frames = max_encoder_frames
         self.max_model_len = max_model_len
+        self.frame_cost = frame_cost
         self.speculation = speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -79,6 +75,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_preemptions = 0
         self._num_steps = 0
+        self._num_looked_up = 0
+        self._num_found = 0
         self._assumed: SchedulerOutput | None = None
         """A plan without a result that `schedule` has counted as computed."""
 
@@ -96,6 +94,8 @@ class Scheduler:
             kv_cache_usage=self.blocks.usage,
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
+            prefix_cache_queries=self._num_looked_up,
+            prefix_cache_hits=self._num_found,
             num_draft_tokens=self.speculation.num_draft_tokens,
             num_accepted_tokens=self.speculation.num_accepted_tokens,
         )
@@ -131,11 +131,13 @@ class Scheduler:
         assert self._assumed is None, "one step at most is in flight"
         if in_flight:
             self._assume(in_flight)
-        step = _Step(self.max_num_batched_tokens, self.max_encoder_frames)
         ending = {one for one in self.running if one.num_pending_tokens and is_full(one, self.max_model_len)}
-        self._lane.begin(step.scheduled, ending)
         decoding = [one for one in self.running if one.num_missing_tokens == 1 and one not in ending]
         prefilling = [one for one in self.running if one.num_missing_tokens > 1 and one not in ending]
+        step = PlanInProgress(
+            self.max_num_batched_tokens, self.max_encoder_frames, self.frame_cost if decoding else 0.0
+        )
+        self._lane.begin(step.scheduled, ending)
         for sequence in decoding + prefilling:
             if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
                 self._schedule_running(sequence, step)
@@ -143,11 +145,7 @@ class Scheduler:
         if self.speculation.num_tokens:
             self._plan_drafts(step)
         self._num_steps += bool(step.scheduled)
-        return SchedulerOutput(
-            scheduled=tuple(sorted(step.scheduled.values(), key=lambda item: item.num_tokens > 1)),
-            clips_to_encode=tuple(step.clips),
-            evicted_clips=self.encoder_cache.take_evicted(),
-        )
+        return step.finish(self.encoder_cache.take_evicted())
 
     def update(
         self,
@@ -178,6 +176,8 @@ class Scheduler:
                 clips = sequence.request.clips
                 self.encoder_cache.release(clips, sequence.sequence_id, before=sequence.num_computed_tokens)
             if output:
+                if output.finish_reason is not FinishReason.ERROR:
+                    self.blocks.publish(sequence, sequence.num_computed_tokens)
                 outputs.append(output)
                 if output.finish_reason:
                     self._finish(sequence)
@@ -188,7 +188,7 @@ class Scheduler:
     def recompute_all(self) -> None:
         """The steps in flight have failed: compute all that runs again, from what is known for sure."""
         while self.running:
-            self._preempt(self.running[-1], _Step(0, 0))
+            self._preempt(self.running[-1], PlanInProgress(0, 0))
         for sequence in self.waiting:
             self._reset(sequence)
             sequence.num_pending_tokens = 0
@@ -203,9 +203,7 @@ class Scheduler:
         assert {choice for choices in self._choices.values() for choice in choices} == set(line)
         assert sum(map(len, self._choices.values())) == len(line)
         assert all(self._choices.values()), "an ended request is remembered"
-        for request_id in {sequence.request_id for sequence in self.waiting if sequence.block_table}:
-            choices = self._choices[request_id]
-            assert sum(bool(choice.block_table) for choice in choices if choice in self.waiting) == 1
+        assert not any(sequence.block_table for sequence in self.waiting), "a sequence that waits holds blocks"
 
     def _assume(self, plan: SchedulerOutput) -> None:
         """Count a plan in flight as computed."""
@@ -223,12 +221,12 @@ class Scheduler:
         requests = {request_id for request_id, _ in ids} if with_choices else set()
         return [one for one in self.running if one.sequence_id in ids or one.request_id in requests]
 
-    def _schedule_running(self, sequence: Sequence, step: _Step) -> None:
+    def _schedule_running(self, sequence: Sequence, step: PlanInProgress) -> None:
         num_tokens = self._fit_chunk(sequence, step)
         if num_tokens == 0:
             return
         if sequence.num_tokens > len(sequence.block_table) * self.blocks.block_size:
-            while not self._make_room(sequence):
+            while not self.blocks.can_allocate(sequence, sequence.num_tokens):
                 victim = self.running[-1]
                 self._preempt(victim, step)
                 if victim is sequence:
@@ -236,36 +234,41 @@ class Scheduler:
             self.blocks.allocate(sequence, sequence.num_tokens)
         self._plan(sequence, num_tokens, step)
 
-    def _admit_waiting(self, step: _Step) -> None:
+    def _admit_waiting(self, step: PlanInProgress) -> None:
         """Start waiting sequences until one does not fit, past those whose prompt another is computing."""
         computing: str | None = None
         place = 0  # in line: those before it are passed over
-        while place < len(self.waiting) and len(self.running) < self.max_num_seqs:
+        while place < len(self.waiting) and len(self.running) < self.max_num_seqs and step.tokens_left:
             sequence = self.waiting[place]
             if sequence.num_pending_tokens:  # preempted; to be computed again when all its tokens are known
                 return
             if sequence.request_id == computing or self._lane.is_closed_to(sequence):
                 place += 1
                 continue
-            donor = None
-            if not sequence.block_table:  # else it has kept the prompt's blocks
-                running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
-                donor = next((choice for choice in running if _has_prompt(choice, step)), None)
-                if running and donor is None:
-                    computing = sequence.request_id
-                    place += 1
-                    continue
+            running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
+            donor = next((choice for choice in running if _has_prompt(choice, step)), None)
+            if running and donor is None:
+                computing = sequence.request_id
+                place += 1
+                continue
             if not self._admit(sequence, donor, step):
                 return
 
-    def _admit(self, sequence: Sequence, donor: Sequence | None, step: _Step) -> bool:
+    def _admit(self, sequence: Sequence, donor: Sequence | None, step: PlanInProgress) -> bool:
         """Start a waiting sequence if it fits. -> whether it did."""
-        copied = self._fork(donor, sequence) if donor else None
+        num_found = 0 if donor and not sequence.num_output_tokens else self.blocks.reuse(sequence)
+        sequence.num_computed_tokens = num_found
+        forks = donor is not None and num_found < sequence.num_prompt_tokens
+        copied = self._fork(donor, sequence) if donor and forks else None
         num_tokens = self._fit_chunk(sequence, step)
-        if num_tokens == 0 or not self._make_room(sequence):
-            if donor:
-                self._reset(sequence)
+        if num_tokens == 0 or not self.blocks.can_allocate(sequence, sequence.num_tokens):
+            self._reset(sequence)
             return False
+        if not forks:
+            self._num_looked_up += sequence.num_tokens
+            self._num_found += num_found
+            if sequence.index == 0 and not sequence.num_output_tokens:  # the others find what it has computed
+                sequence.num_cached_tokens = num_found
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_rank)
         sequence.status = SequenceStatus.RUNNING
@@ -282,51 +285,38 @@ class Scheduler:
 
         -> the donor's block to copy, if the prompt does not end with a full one.
         """
+        self.blocks.free(sequence)
         num_computed = sequence.num_prompt_tokens - 1
         num_full, rest = divmod(num_computed, self.blocks.block_size)
         self.blocks.share(donor, sequence, num_full)
         sequence.num_computed_tokens = num_computed
         return donor.block_table[num_full] if rest else None
 
-    def _bequeath(self, sequence: Sequence) -> None:
-        """Before `sequence` ends: if it is the last that has the prompt, the next choice keeps the full blocks."""
-        num_full = (sequence.num_prompt_tokens - 1) // self.blocks.block_size
-        choices = self._choices[sequence.request_id]
-        others = [choice for choice in choices if choice is not sequence]
-        has_prompt = sequence.num_computed_tokens >= num_full * self.blocks.block_size > 0
-        if others and has_prompt and not any(choice.block_table for choice in others):
-            heir = others[0]
-            self.blocks.share(sequence, heir, num_full)
-            heir.num_computed_tokens = num_full * self.blocks.block_size
-
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Take kept prompts back until `sequence` can hold all its tokens. -> whether it can."""
-        if not self.blocks.can_allocate(sequence, sequence.num_tokens):
-            for keeper in reversed(self.waiting):
-                if keeper.block_table and keeper is not sequence:
-                    self._reset(keeper)
-                    if self.blocks.can_allocate(sequence, sequence.num_tokens):
-                        break
-        return self.blocks.can_allocate(sequence, sequence.num_tokens)
-
-    def _fit_chunk(self, sequence: Sequence, step: _Step) -> int:
+    def _fit_chunk(self, sequence: Sequence, step: PlanInProgress) -> int:
         """How many tokens fit the budgets of tokens and of mel frames. May be 0."""
         start = sequence.num_computed_tokens
         stop = start + min(sequence.num_missing_tokens, self._lane.limit(sequence, step.tokens_left))
-        frames_left = step.frames_left
+        frames_left, tokens_left = step.frames_left, step.tokens_left
+        is_first = not step.clips
         newly_held: dict[str, int] = {}
         for clip in sequence.clips_within(start, stop):
+            if clip.offset >= stop:
+                break
             if self.encoder_cache.is_held(clip) or clip.content_hash in newly_held:
                 continue
+            begin = max(start, clip.offset)
             if not self.encoder_cache.has(clip):
                 frames_left -= num_mel_frames(len(clip.samples))
+                tokens_left -= step.cost(clip)
+                stop = min(stop, max(start + tokens_left, begin + is_first))
+                is_first = False
             newly_held[clip.content_hash] = clip.num_tokens
-            if frames_left < 0 or not self.encoder_cache.can_hold(sum(newly_held.values())):
+            if stop <= begin or frames_left < 0 or not self.encoder_cache.can_hold(sum(newly_held.values())):
                 return max(0, clip.offset - start)
         return stop - start
 
     def _plan(
-        self, sequence: Sequence, num_tokens: int, step: _Step, block_copy: tuple[int, int] | None = None
+        self, sequence: Sequence, num_tokens: int, step: PlanInProgress, block_copy: tuple[int, int] | None = None
     ) -> None:
         start = sequence.num_computed_tokens
         clips = sequence.clips_within(start, start + num_tokens)
@@ -335,14 +325,15 @@ class Scheduler:
                 self.encoder_cache.add(clip)
                 step.clips.append(clip)
                 step.frames_left -= num_mel_frames(len(clip.samples))
+                step.tokens_left = max(0, step.tokens_left - step.cost(clip))
             self.encoder_cache.hold(clip, sequence.sequence_id)
-        step.tokens_left -= num_tokens
+        step.tokens_left = max(0, step.tokens_left - num_tokens)
         self._lane.take(sequence, num_tokens)
         samples = num_tokens == sequence.num_missing_tokens
         item = ScheduledSequence(sequence, start, num_tokens, samples, block_copy)
         step.scheduled[sequence.sequence_id] = item
 
-    def _plan_drafts(self, step: _Step) -> None:
+    def _plan_drafts(self, step: PlanInProgress) -> None:
         """Let decoding sequences use what the step has left."""
         for key, item in step.scheduled.items():
             if item.samples and item.num_tokens == 1:
@@ -350,7 +341,7 @@ class Scheduler:
                 step.tokens_left -= len(drafts)
                 step.scheduled[key] = replace(item, num_tokens=1 + len(drafts), draft_token_ids=drafts)
 
-    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+    def _preempt(self, sequence: Sequence, step: PlanInProgress) -> None:
         """Send a running sequence back to its place in the queue; it will be computed again."""
         if item := step.scheduled.pop(sequence.sequence_id, None):
             step.tokens_left += item.num_tokens
@@ -368,7 +359,6 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         (self.running if _runs(sequence) else self.waiting).remove(sequence)
-        self._bequeath(sequence)
         self._reset(sequence)
         sequence.status = SequenceStatus.FINISHED
         self.speculation.release(sequence)
@@ -386,7 +376,7 @@ def _runs(sequence: Sequence) -> bool:
     return sequence.status is SequenceStatus.RUNNING
 
 
-def _has_prompt(sequence: Sequence, step: _Step) -> bool:
+def _has_prompt(sequence: Sequence, step: PlanInProgress) -> bool:
     """Whether another choice could begin with what the cache holds of it: all but the prompt's last token."""
     item = step.scheduled.get(sequence.sequence_id)
     is_copied = item is not None and item.block_copy is not None  # by this step: too late to be read

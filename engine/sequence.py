@@ -1,9 +1,10 @@
 """One choice of a request inside the engine: the scheduler's mutable state. Torch-free.
 
-Only the scheduler changes a sequence, and only the block manager its `block_table`; everybody else reads. There is
-no phase: a sequence has tokens, and `num_computed_tokens` of them are in the cache. A step computes some of the
-rest; when none is left but the newest, that is what others call decoding. The choices of a request are sequences of
-their own with the same prompt; where they share blocks of the cache is the scheduler's business.
+Only the scheduler changes a sequence, and only the block manager with its prefix cache what is about blocks;
+everybody else reads. There is no phase: a sequence has tokens, and `num_computed_tokens` of them are in the cache. A
+step computes some of the rest; when none is left but the newest, that is what others call decoding. The choices of a
+request are sequences of their own with the same prompt; where they share blocks of the cache is the scheduler's
+business.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ class Sequence:
     num_pending_tokens: int = 0
     """1 while a step in flight samples a token of it: the token is counted, and not in `token_ids` yet."""
     block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    """Of its first blocks, as far as somebody asked: what they are found by (see prefix_cache)."""
+    num_published_blocks: int = 0
+    """First blocks that others may find."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that the prefix cache had when its request was first admitted."""
     status: SequenceStatus = SequenceStatus.WAITING
     sequence_id: SequenceId = field(init=False)
     """Unique among all sequences in the engine: the key of whatever is kept for each of them."""

@@ -20,7 +20,7 @@ import torch
 from llvmlite import ir
 from numba import cfunc, from_dtype, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 ParallelRegion = Callable[[int, int, int, int], None]
 
@@ -106,6 +106,22 @@ def bits_of_float(_typing: Any, _value: Any) -> Any:
 def widen(bits: Any) -> Any:
     """A bfloat16, as an int16 of its bits -> float32."""
     return float_of_bits(np.int32(bits) << np.int32(16))
+
+
+def as_float32(value: Any) -> Any:
+    """A float32 as it is, a bfloat16 (an int16 of its bits) widened. For compiled code."""
+    raise NotImplementedError
+
+
+@overload(as_float32, inline="always")
+def _as_float32(value: Any) -> Any:
+    def of_bits(value: Any) -> Any:
+        return widen(value)
+
+    def as_it_is(value: Any) -> Any:
+        return value
+
+    return of_bits if value == types.int16 else as_it_is
 
 
 @njit(inline="always")

@@ -111,6 +111,19 @@ class Qwen2AudioConfig:
     audio_token_id: int = 151646
     dtype: str = "bfloat16"
 
+    @property
+    def frame_cost(self) -> float:
+        """Tokens that the decoder computes in the time in which the encoder computes a mel frame.
+
+        By the weights of the layers that each of them meets; behind its convolutions the encoder has half as many
+        frames.
+        """
+        audio, text = self.audio, self.text
+        encoder = audio.encoder_layers * audio.d_model * (4 * audio.d_model + 2 * audio.encoder_ffn_dim)
+        width = text.head_dim * (2 * text.num_attention_heads + 2 * text.num_key_value_heads)
+        decoder = text.num_hidden_layers * text.hidden_size * (width + 3 * text.intermediate_size)
+        return encoder / 2 / decoder
+
     @classmethod
     def from_json(cls, raw: Json) -> Qwen2AudioConfig:
         """Read the content of config.json.

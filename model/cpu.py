@@ -27,10 +27,12 @@ def prepare_for_cpu(model: Qwen2Audio, *, int8: bool = False) -> None:
                 module.kernel = swiglu
 
 
-def compile_kernels(head_dim: int, block_size: int) -> None:
+def compile_kernels(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
     """Compile, once for a process, what the first step would wait seconds for."""
     if parallel_region():
-        PagedAttention(head_dim, block_size)
+        PagedAttention(head_dim, block_size, dtype)
+        if dtype != torch.bfloat16:
+            return
         row = torch.ones(1, 2, dtype=torch.bfloat16)
         rms_norm(row, row[0], 1.0)
         swiglu(row)

@@ -8,15 +8,6 @@ from torch import Tensor
 from model.config import TextConfig
 
 
-def kv_cache_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """The precision of keys and values for weights of a precision.
-
-    On a CPU always float32: one query attends to bfloat16 keys several times slower, and converting all of a
-    sequence's keys for each token is slower still.
-    """
-    return torch.float32 if device.type == "cpu" else weights
-
-
 def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
     """Memory of one block over all layers, keys and values."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

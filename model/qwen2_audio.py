@@ -42,6 +42,11 @@ class Qwen2Audio(nn.Module):
         """Where the weights are."""
         return self.decoder.norm.weight.device
 
+    @property
+    def kv_cache_dtype(self) -> torch.dtype:
+        """Precision of keys and values in the cache."""
+        return self.backend.kv_cache_dtype(self.dtype, self.device)
+
     def encode_audio(self, clips: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Clips to rows of the decoder's input. clips: float32 [S_i] at 16 kHz -> one [A_i, C] each."""
         hidden, num_tokens = self.audio_tower(clips)

@@ -165,6 +165,7 @@ class Serving:
                 ),
                 n=request.num_choices,
                 priority=request.priority or 0,
+                cache_salt=request.cache_salt,
             ),
             new_detokenizer=partial(
                 IncrementalDetokenizer,

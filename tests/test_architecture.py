@@ -38,6 +38,7 @@ TORCH_FREE_ENGINE = {
     "engine.long_lane",
     "engine.messages",
     "engine.plan",
+    "engine.prefix_cache",
     "engine.prompt_lookup",
     "engine.sample_row",
     "engine.scheduler",

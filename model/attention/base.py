@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -50,6 +51,10 @@ class AttentionBackend(Protocol):
     name: str
     block_sizes: tuple[int, ...]
     """Block sizes it supports, the preferred one first."""
+
+    def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+        """The precision in which keys and values are kept for weights of a precision."""
+        ...
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, kv_layer: Tensor, metadata: AttentionMetadata

@@ -29,35 +29,32 @@ class CpuBackend(ReferenceBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kernel: PagedAttention | None = None
+        self._kernels: dict[torch.dtype, PagedAttention] = {}
+
+    def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+        """As computed: half the memory of float32 in bfloat16, and nothing lost."""
+        return super().kv_cache_dtype(weights, device) if weights == torch.float16 else weights
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
-        """query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: float32 [2, N, P, Hkv, D] -> [T, H, D]."""
-        write_kv(key, value, kv_layer, metadata.slot_mapping)
-        num_short = next(
-            (row for row, length in enumerate(metadata.query_lens) if length > MAX_QUERIES), len(metadata.query_lens)
-        )
-        num_tokens = sum(metadata.query_lens[:num_short])
+        """query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D]."""
+        if query.dtype == torch.float16:
+            return super().decode(query, key, value, kv_layer, metadata)
+        query_lens = metadata.query_lens
+        num_short = next((row for row, length in enumerate(query_lens) if length > MAX_QUERIES), len(query_lens))
+        num_tokens = sum(query_lens[:num_short])
+        if num_tokens < query.shape[0]:
+            write_kv(key[num_tokens:], value[num_tokens:], kv_layer, metadata.slot_mapping[num_tokens:])
         if num_short == 0:
-            short = query[:0]
+            out = torch.empty_like(query, memory_format=torch.contiguous_format)
         else:
-            if self._kernel is None:
-                self._kernel = PagedAttention(query.shape[2], kv_layer.shape[2])
-            short = self._kernel(
-                query[:num_tokens].float().contiguous(),
-                kv_layer,
-                metadata.block_table,
-                metadata.query_starts,
-                metadata.seq_lens_device,
-                num_short,
-            ).to(query.dtype)
-        if num_tokens == query.shape[0]:
-            return short
-        out = torch.empty_like(query)
-        out[:num_tokens] = short
-        self._attend_sequences(query, key, value, kv_layer, metadata, out, first=num_short)
+            kernel = self._kernels.get(query.dtype)
+            if kernel is None:
+                kernel = self._kernels[query.dtype] = PagedAttention(query.shape[2], kv_layer.shape[2], query.dtype)
+            out = kernel(query, key, value, kv_layer, metadata, num_short)
+        if num_short < len(query_lens):
+            self._attend_sequences(query, key, value, kv_layer, metadata, out, first=num_short)
         return out
 
     def encode(self, query: Tensor, key: Tensor, value: Tensor, metadata: EncoderMetadata) -> Tensor:

@@ -4,7 +4,8 @@ torch's attention takes one sequence a call and is, at one query, far from the s
 sequences of a step are one parallel region a layer, and blocks are read where they lie. A work item is a sequence
 and a group of its heads: scores of all its keys go to scratch, then through a softmax, then the values are summed.
 Keys and values are read token by token, all heads of the group side by side, as they lie in memory: head by head
-takes twice as long. All arithmetic is float32; what is not a number stays so.
+takes twice as long. All arithmetic is float32, whatever
+the cache holds; what is not a number stays so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from model.compiled import REASSOCIATE, compile_region, exp2, parallel_region, pointer, take_next
+from model.attention.base import AttentionMetadata
+from model.compiled import REASSOCIATE, as_float32, compile_region, exp2, narrow, parallel_region, pointer, take_next
 
 ARGUMENTS = np.dtype(
     [
@@ -25,7 +27,8 @@ ARGUMENTS = np.dtype(
         for name in (
             *("num_sequences", "num_tokens", "num_blocks", "blocks_per_sequence"),
             *("num_heads", "num_kv_heads", "num_groups", "scratch_per_thread"),
-            *("query", "kv_layer", "block_table", "query_starts", "seq_lens", "out", "scratch"),
+            *("query", "query_stride", "key", "key_stride", "value", "value_stride", "out"),
+            *("kv_layer", "slot_mapping", "block_table", "query_starts", "seq_lens", "scratch"),
             *("next_item", "next_thread"),
         )
     ]
@@ -36,12 +39,11 @@ LOG2_E = 1.4426950408889634
 
 
 class PagedAttention:
-    """A compiled kernel for one head dimension and block size. Keeps scratch memory between calls."""
+    """A compiled kernel for one head dimension, block size and precision of activations. Keeps scratch memory."""
 
-    def __init__(self, head_dim: int, block_size: int) -> None:
-        """Compiles the kernel, once for each shape in a process: about two seconds."""
-        self.head_dim = head_dim
-        self._kernel = _compile(head_dim, block_size)
+    def __init__(self, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+        """Compiles the kernel, once for each kind: about two seconds. dtype: bfloat16 or float32."""
+        self._kernel = _compile(head_dim, block_size, dtype == torch.bfloat16)
         self._scratch = torch.empty(0)
         self._counters = np.zeros(2, dtype=np.int64)
         self._arguments = np.zeros(1, dtype=ARGUMENTS)
@@ -49,31 +51,35 @@ class PagedAttention:
     def __call__(
         self,
         query: Tensor,
+        key: Tensor,
+        value: Tensor,
         kv_layer: Tensor,
-        block_table: Tensor,
-        query_starts: Tensor,
-        seq_lens: Tensor,
+        metadata: AttentionMetadata,
         num_sequences: int,
     ) -> Tensor:
-        """Attend causally, bottom-right aligned, all queries of the first `num_sequences` sequences.
+        """The first `num_sequences` sequences: write their tokens' keys and values, attend causally, bottom-right.
 
-        query: float32 [T, H, D]; kv_layer: float32 [2, N, P, Hkv, D]; block_table: int64 [B, M];
-        query_starts: int64 [B + 1]; seq_lens: int64 [B]. All contiguous. -> [T, H, D]
+        query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D], contiguous; all of one dtype.
+        -> [T, H, D], of which other sequences' rows are not written.
         """
+        query, key, value = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (query, key, value))
         num_threads = torch.get_num_threads()
-        num_heads, num_kv_heads = query.shape[1], kv_layer.shape[3]
-        num_groups = _num_groups(num_kv_heads, num_threads, num_sequences)
+        num_tokens, num_heads, head_dim = query.shape
+        block_table = metadata.block_table
+        num_groups = _num_groups(key.shape[1], num_threads, num_sequences)
         longest = block_table.shape[1] * kv_layer.shape[2]
-        scratch_per_thread = num_heads // num_groups * longest
+        scratch_per_thread = num_heads // num_groups * (longest + 2 * head_dim)
         if self._scratch.numel() < num_threads * scratch_per_thread:
             self._scratch = torch.empty(num_threads * scratch_per_thread)
-        out = torch.empty_like(query)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self._counters[:] = 0
         self._arguments[0] = (
-            *(num_sequences, query.shape[0], kv_layer.shape[1], block_table.shape[1]),
-            *(num_heads, num_kv_heads, num_groups, scratch_per_thread),
-            *(query.data_ptr(), kv_layer.data_ptr(), block_table.data_ptr()),
-            *(query_starts.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), self._scratch.data_ptr()),
+            *(num_sequences, num_tokens, kv_layer.shape[1], block_table.shape[1]),
+            *(num_heads, key.shape[1], num_groups, scratch_per_thread),
+            *(query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0)),
+            *(value.data_ptr(), value.stride(0), out.data_ptr()),
+            *(kv_layer.data_ptr(), metadata.slot_mapping.data_ptr(), block_table.data_ptr()),
+            *(metadata.query_starts.data_ptr(), metadata.seq_lens_device.data_ptr(), self._scratch.data_ptr()),
             *(self._counters.ctypes.data, self._counters.ctypes.data + 8),
         )
         region = parallel_region()
@@ -91,41 +97,52 @@ def _num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
 
 
 @cache
-def _compile(head_dim: int, block_size: int) -> int:
-    """-> address of a C function that takes a pointer to ARGUMENTS. Both sizes are constants to the compiler."""
+def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
+    """-> address of a C function that takes a pointer to ARGUMENTS. Constants to the compiler, these."""
     scale = LOG2_E / head_dim**0.5
+    kind = np.int16 if is_bfloat16 else np.float32
 
     @compile_region(ARGUMENTS)
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
-        width, kv_width = a.num_heads * head_dim, a.num_kv_heads * head_dim
-        query = carray(pointer(a.query), (a.num_tokens, width), np.float32)
-        out = carray(pointer(a.out), (a.num_tokens, width), np.float32)
-        kv = carray(pointer(a.kv_layer), (2, a.num_blocks * block_size * kv_width), np.float32)
+        kv_width = a.num_kv_heads * head_dim
+        query = carray(pointer(a.query), a.num_tokens * a.query_stride, kind)
+        key = carray(pointer(a.key), a.num_tokens * a.key_stride, kind)
+        value = carray(pointer(a.value), a.num_tokens * a.value_stride, kind)
+        out = carray(pointer(a.out), (a.num_tokens, a.num_heads * head_dim), kind)
+        keys_values = carray(pointer(a.kv_layer), (2, a.num_blocks * block_size * kv_width), kind)
+        slot_mapping = carray(pointer(a.slot_mapping), a.num_tokens, np.int64)
         block_table = carray(pointer(a.block_table), (a.num_sequences, a.blocks_per_sequence), np.int64)
         query_starts = carray(pointer(a.query_starts), a.num_sequences + 1, np.int64)
         seq_lens = carray(pointer(a.seq_lens), a.num_sequences, np.int64)
-        heads = a.num_heads // a.num_groups
-        kv_heads = a.num_kv_heads // a.num_groups
-        longest = a.blocks_per_sequence * block_size
-        thread = take_next(a.next_thread)
-        scratch = carray(pointer(a.scratch + 4 * thread * a.scratch_per_thread), (heads, longest), np.float32)
+        heads, kv_heads = a.num_heads // a.num_groups, a.num_kv_heads // a.num_groups
+        width, width_kv = heads * head_dim, kv_heads * head_dim
+        share = heads // kv_heads
+        memory = a.scratch + 4 * take_next(a.next_thread) * a.scratch_per_thread
+        scores = carray(pointer(memory), (heads, a.blocks_per_sequence * block_size), np.float32)
+        q = carray(pointer(memory + 4 * scores.size), width, np.float32)
+        o = carray(pointer(memory + 4 * (scores.size + width)), width, np.float32)
         while True:
             item = take_next(a.next_item)
             if item >= a.num_sequences * a.num_groups:
                 break
             row, group = item // a.num_groups, item % a.num_groups
-            first = group * heads * head_dim
-            shift = group * kv_heads * head_dim
-            blocks, group_size = block_table[row], heads // kv_heads
+            first, shift = group * width, group * width_kv
+            blocks = block_table[row]
             for token in range(query_starts[row], query_starts[row + 1]):
+                slot = slot_mapping[token] * kv_width + shift
+                for i in range(width_kv):
+                    keys_values[0, slot + i] = key[token * a.key_stride + shift + i]
+                    keys_values[1, slot + i] = value[token * a.value_stride + shift + i]
+                for i in range(width):
+                    q[i] = as_float32(query[token * a.query_stride + first + i])
                 length = seq_lens[row] - (query_starts[row + 1] - 1 - token)
-                q = query[token, first : first + heads * head_dim]
-                o = out[token, first : first + heads * head_dim]
-                _score(q, kv[0], kv_width, shift, blocks, length, group_size, scratch, head_dim, block_size)
+                _score(q, keys_values[0], kv_width, shift, blocks, length, share, scores, head_dim, block_size)
                 for head in range(heads):
-                    _softmax(scratch[head, :length], np.float32(scale))
-                _sum(scratch, kv[1], kv_width, shift, blocks, length, group_size, o, head_dim, block_size)
+                    _softmax(scores[head, :length], np.float32(scale))
+                _sum(scores, keys_values[1], kv_width, shift, blocks, length, share, o, head_dim, block_size)
+                for i in range(width):
+                    out[token, first + i] = narrow(o[i]) if is_bfloat16 else o[i]
 
     return region
 
@@ -152,7 +169,7 @@ def _score(
             q = query[head * head_dim : (head + 1) * head_dim]
             dot = np.float32(0)
             for d in range(head_dim):
-                dot += q[d] * key[d]
+                dot += q[d] * as_float32(key[d])
             scores[head, i] = dot
 
 
@@ -179,7 +196,7 @@ def _sum(
             o = out[head * head_dim : (head + 1) * head_dim]
             weight = weights[head, i]
             for d in range(head_dim):
-                o[d] += weight * value[d]
+                o[d] += weight * as_float32(value[d])
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")

@@ -24,6 +24,10 @@ class ReferenceBackend:
     def __init__(self) -> None:
         self._scratch: Tensor | None = None
 
+    def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+        """On a CPU always float32: torch attends one query to bfloat16 keys several times slower."""
+        return torch.float32 if device.type == "cpu" else weights
+
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
     ) -> Tensor:

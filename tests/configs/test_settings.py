@@ -30,6 +30,22 @@ def test_switches() -> None:
     assert load_settings([], {"TYMPAN_ASYNC_SCHEDULING": "false"}).async_scheduling is False
 
 
+def test_a_switch_by_flag_variable_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("enable-prefix-caching: false\n")
+    off = {"TYMPAN_ENABLE_PREFIX_CACHING": "false"}
+    assert load_settings([], {}).enable_prefix_caching
+    assert not load_settings([], off).enable_prefix_caching
+    assert not load_settings(["--config", str(config)], {}).enable_prefix_caching
+    assert load_settings(["--config", str(config), "--enable-prefix-caching"], off).enable_prefix_caching
+    assert not load_settings(["--no-enable-prefix-caching"], {}).enable_prefix_caching
+    with pytest.raises(SettingsError, match="enable-prefix-caching"):
+        load_settings([], {"TYMPAN_ENABLE_PREFIX_CACHING": "perhaps"})
+    with pytest.raises(SystemExit):
+        load_settings(["--help"], {})
+    assert "--no-enable-prefix-caching" in capsys.readouterr().out
+
+
 def test_lists_and_limits() -> None:
     settings = load_settings(
         ["--api-key", "a", "--api-key", "b", "--served-model-name", "x", "y", "--limit-mm-per-prompt", "audio=3"], {}

@@ -196,7 +196,7 @@ def test_a_clip_that_is_not_a_number_fails_alone(gqa_folder: Path, poison: float
             await collect(client, bad.request("again"))
         await idle(client)
 
-    with_client(gqa_folder, InlineEngineClient, test, encoder_cache_tokens=0)
+    with_client(gqa_folder, InlineEngineClient, test, encoder_cache_bytes=0)
 
 
 def test_a_clip_whose_encoding_raises_fails_alone(gqa_folder: Path) -> None:

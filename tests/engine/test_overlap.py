@@ -24,8 +24,8 @@ from engine.messages import (
     SequenceId,
 )
 from engine.model_runner import PendingStep
-from engine.plan import SchedulerOutput
-from engine.scheduler import Scheduler, _Step
+from engine.plan import PlanInProgress, SchedulerOutput
+from engine.scheduler import Scheduler
 from tests.reference import Prompt, noise, special_id
 
 EOS = special_id("<|im_end|>")
@@ -126,6 +126,14 @@ def test_overlap_changes_no_answer(
     assert bool(core.stats.num_preemptions) == (changes is TINY)
 
 
+def test_nor_does_what_the_prefix_cache_has_kept(gqa_folder: Path, expected: dict[SequenceId, Answer]) -> None:
+    core = build(gqa_folder)
+    run(core, requests())
+    before = core.stats.prefix_cache_hits
+    assert_same(run(core, requests()), expected)
+    assert core.stats.prefix_cache_hits - before > 50
+
+
 def test_nor_do_preemptions_at_any_moment(
     gqa_folder: Path, expected: dict[SequenceId, Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +146,7 @@ def test_nor_do_preemptions_at_any_moment(
         steps += 1
         if steps % 4 == 0:
             for sequence in scheduler.running[steps % 3 :: 2]:
-                scheduler._preempt(sequence, _Step(0, 0))
+                scheduler._preempt(sequence, PlanInProgress(0, 0))
         return schedule(scheduler, in_flight)
 
     monkeypatch.setattr(Scheduler, "schedule", rude)

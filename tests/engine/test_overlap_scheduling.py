@@ -11,8 +11,8 @@ from hypothesis.stateful import invariant, precondition, rule
 
 from engine.answer import SampledToken
 from engine.messages import EngineOutput, FinishReason, SequenceId
-from engine.plan import ScheduledSequence, SchedulerOutput
-from engine.scheduler import Scheduler, _Step
+from engine.plan import PlanInProgress, SchedulerOutput
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus
 from tests.engine.test_scheduler import (
     BROKEN,
@@ -21,6 +21,7 @@ from tests.engine.test_scheduler import (
     Machine,
     add,
     add_choices,
+    contents,
     make_scheduler,
     request,
 )
@@ -29,26 +30,28 @@ Sampled = dict[SequenceId, tuple[SampledToken, ...]]
 
 
 class LateRunner(FakeRunner):
-    """Knows a place in a prompt by request, a place in an answer by choice: tokens may be unknown yet."""
+    """Looks at what is written and read once the tokens of the step before are known: see `settle`."""
 
     def _compute(self, plan: SchedulerOutput) -> None:
+        self.tables = [list(item.sequence.block_table) for item in plan.scheduled]
+
+    def settle(self, plan: SchedulerOutput) -> None:
+        """Write all, then read all that came before. Of a sequence that has failed since, a token is anything."""
         size = self.scheduler.blocks.block_size
-
-        def slots(item: ScheduledSequence, start: int) -> dict[tuple[int, int], object]:
-            sequence = item.sequence
-            owner = [sequence.request_id, sequence.sequence_id]
-            return {
-                (sequence.block_table[position // size], position % size): (
-                    owner[position >= sequence.num_prompt_tokens], position
-                )
-                for position in range(start, item.start + item.num_tokens)
-            }  # fmt: skip
-
-        for item in plan.scheduled:
-            self.slots |= slots(item, item.start)
-        for item in plan.scheduled:
-            for slot, expected in slots(item, 0).items():
-                assert self.slots.get(slot) == expected, "a sequence would attend to what is not its own"
+        written: dict[tuple[int, int], object] = {}
+        needed: list[tuple[tuple[int, int], object]] = []
+        for item, table in zip(plan.scheduled, self.tables, strict=True):
+            stop = item.start + item.num_tokens
+            whole = [item.sequence.request.cache_salt, *contents(item.sequence)][: stop + 1]
+            whole += [object() for _ in range(stop + 1 - len(whole))]
+            for position in range(stop):
+                slot = table[position // size], position % size
+                needed.append((slot, tuple(whole[: position + 2])))
+                if position >= item.start:
+                    written[slot] = needed[-1][1]
+        self.slots |= written
+        for slot, expected in needed:
+            assert self.slots.get(slot) == expected, "a sequence would attend to what is not its own"
 
 
 @dataclass
@@ -80,6 +83,7 @@ class LateMachine(Machine):
             assert len(sequence.token_ids) + sequence.num_pending_tokens < self.scheduler.max_model_len
         if before:
             self.land(before)
+        self.runner.settle(plan)
         sampled, row = {}, 0
         for item in plan.scheduled:
             if item.samples and item.sequence.status is not SequenceStatus.FINISHED:
@@ -192,7 +196,7 @@ def test_a_preempted_sequence_waits_for_its_token() -> None:
     one = add(scheduler, request("r", [5]))
     other = add(scheduler, request("s", [5]))
     first = start(scheduler, one, other)
-    scheduler._preempt(one, _Step(0, 0))
+    scheduler._preempt(one, PlanInProgress(0, 0))
     second = scheduler.schedule(first)
     assert [item.sequence for item in second.scheduled] == [other]
     scheduler.update(first, tokens(first, 7))
@@ -209,7 +213,7 @@ def test_a_choice_is_never_copied_from_one_that_is_itself_being_copied_to() -> N
     plan = scheduler.schedule()
     scheduler.update(plan, tokens(plan, 7))
     for sequence in (choices[0], choices[2]):
-        scheduler._preempt(sequence, _Step(0, 0))
+        scheduler._preempt(sequence, PlanInProgress(0, 0))
     plan = scheduler.schedule()
     pairs = [item.block_copy for item in plan.scheduled if item.block_copy]
     assert len(pairs) == 2
@@ -229,6 +233,6 @@ def test_nor_does_one_that_waits_for_its_token() -> None:
     short, long = add(scheduler, request("short", [2])), add(scheduler, request("long", [30]))
     first = start(scheduler, short, long)
     assert [item.num_tokens for item in first.scheduled] == [2, 14]
-    scheduler._preempt(short, _Step(0, 0))
+    scheduler._preempt(short, PlanInProgress(0, 0))
     second = scheduler.schedule(first)
     assert [(item.sequence, item.num_tokens) for item in second.scheduled] == [(long, 16)]

@@ -142,7 +142,7 @@ def record_prefill(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> list[to
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prefill_logits_at_every_position(expected: Expected, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    core = EngineCore.build(args_of(expected.folder))
+    core = EngineCore.build(args_of(expected.folder, max_num_batched_tokens=2048))
     rows = record_prefill(core, monkeypatch)
     core.add_request(request_of(name, max_tokens=1, min_tokens=1))
     core.step()
@@ -169,8 +169,8 @@ def test_alone_32_greedy_tokens_and_their_logits(
         {"max_num_batched_tokens": 64},
         {"max_num_batched_tokens": 512},
         {"max_num_seqs": 3},
-        {"max_encoder_frames": 3000, "encoder_cache_tokens": 750},
-        {"max_num_batched_tokens": 23, "encoder_cache_tokens": 750},
+        {"max_encoder_frames": 3000, "encoder_cache_bytes": 0},
+        {"max_num_batched_tokens": 23, "encoder_cache_bytes": 0},
     ],
     ids=str,
 )

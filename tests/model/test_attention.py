@@ -152,9 +152,10 @@ def test_one_long_sequence_beside_short_ones(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_bfloat16_stays_near_the_oracle_with_keys_in_float32_as_on_a_cpu(backend: Backend) -> None:
+def test_bfloat16_stays_near_the_oracle(backend: Backend) -> None:
     query, key, value, cache, everything, metadata = make_step(CASES[-1], (4, 2), 0.0)
     step = (x.bfloat16() for x in (query, key, value))
+    cache = cache.to(backend().kv_cache_dtype(torch.bfloat16, torch.device("cpu")))
     out = backend().decode(*step, cache, metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     assert out.dtype == torch.bfloat16

@@ -210,3 +210,10 @@ def test_audio_token_count_at_the_edges() -> None:
 def test_a_value_of_a_wrong_type_is_refused_by_name(section: str, name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{section}.{name}"):
         Qwen2AudioConfig.from_json({"model_type": "qwen2_audio", section: {name: value}})
+
+
+def test_a_mel_frame_costs_what_its_weights_do() -> None:
+    """The published shape: 629 M weights in the encoder's layers, 6.477 G in the decoder's."""
+    assert Qwen2AudioConfig(text=TextConfig(intermediate_size=11008)).frame_cost == pytest.approx(
+        0.629 / 2 / 6.477, rel=1e-3
+    )
