@@ -1,9 +1,9 @@
 """Attention on a CPU: a compiled kernel over the paged cache for sequences with few queries, torch for the rest.
 
 Prompts are products of matrices, which torch does well one sequence at a time (`reference`); decodes, and the few
-tokens that speculation adds to them, read a cache that no product helps with (`paged_cpu`). Clips in bfloat16 are
-attended by two plain products: torch's fused attention multiplies bfloat16 in a way that CPUs without AMX are slow
-at. The scores are rounded to bfloat16 on the way, as in the reference's eager attention.
+tokens that speculation adds to them, read a cache that no product helps with (`paged_cpu`). In bfloat16 a prompt or
+a clip is attended by two plain products: torch's fused attention multiplies bfloat16 in a way that CPUs without AMX
+are slow at. The scores are rounded to bfloat16 on the way, as in the reference's eager attention.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.attention.base import AttentionMetadata, EncoderMetadata
+from model.attention.base import AttentionMetadata
 from model.attention.paged_cpu import PagedAttention
 from model.attention.reference import ReferenceBackend, write_kv
 
@@ -19,7 +19,7 @@ MAX_QUERIES = 16
 """Of a sequence, for the kernel: it reads all keys again for each."""
 
 MAX_SCORES = 1 << 21
-"""Of a clip, computed at once: so many stay in a core's cache. A clip of 30 s goes head by head."""
+"""Computed at once: so many stay in a core's cache. A clip of 30 s goes head by head."""
 
 
 class CpuBackend(ReferenceBackend):
@@ -57,22 +57,22 @@ class CpuBackend(ReferenceBackend):
             self._attend_sequences(query, key, value, kv_layer, metadata, out, first=num_short)
         return out
 
-    def encode(self, query: Tensor, key: Tensor, value: Tensor, metadata: EncoderMetadata) -> Tensor:
-        """query, key, value: [E, H, D] -> [E, H, D]."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+        """query: [Q, H, D]; key, value: [S, Hkv, D] -> [Q, H, D]."""
         if query.dtype != torch.bfloat16:
-            return super().encode(query, key, value, metadata)
-        out = torch.empty_like(query)
-        clips = zip(*(torch.split(x, list(metadata.lens)) for x in (query, key, value, out)), strict=True)
-        for q, k, v, o in clips:
-            num_heads = max(1, MAX_SCORES // q.shape[0] ** 2)
-            heads = zip(*(torch.split(x, num_heads, dim=1) for x in (q, k, v, o)), strict=True)
-            for group in heads:
-                _attend_heads(*group)
+            return super()._attend(query, key, value, causal=causal)
+        num_queries, num_heads = query.shape[:2]
+        if (group := num_heads // key.shape[1]) > 1:
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        hidden = None
+        if causal:
+            hidden = query.new_full((num_queries, key.shape[0]), float("-inf")).triu(1 + key.shape[0] - num_queries)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        at_once = max(1, MAX_SCORES // (num_queries * key.shape[0]))
+        for q, k, v, o in zip(*(torch.split(x, at_once, dim=1) for x in (query, key, value, out)), strict=True):
+            scores = torch.bmm(
+                (q * q.shape[2] ** -0.5).transpose(0, 1).contiguous(), k.permute(1, 2, 0).contiguous()
+            )
+            weights = (scores if hidden is None else scores.add_(hidden)).softmax(-1)
+            o.copy_(torch.bmm(weights, v.transpose(0, 1).contiguous()).transpose(0, 1))
         return out
-
-
-def _attend_heads(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-    """Bidirectional, without a mask. All: [E, H, D]; `out` is filled."""
-    scaled = (query * query.shape[2] ** -0.5).transpose(0, 1).contiguous()
-    weights = torch.bmm(scaled, key.permute(1, 2, 0).contiguous()).softmax(-1)
-    out.copy_(torch.bmm(weights, value.transpose(0, 1).contiguous()).transpose(0, 1))

@@ -55,20 +55,30 @@ class ReferenceBackend:
             query_len, seq_len = metadata.query_lens[row], metadata.seq_lens[row]
             stop = start + query_len
             if query_len == seq_len:  # a whole prompt attends to itself, in its own precision
-                out[start:stop] = _attention(query[start:stop], key[start:stop], value[start:stop], is_causal=True)
-                start = stop
-                continue
-            if (block := metadata.first_blocks[row]) is not None:
+                keys, values = key[start:stop], value[start:stop]
+            elif (block := metadata.first_blocks[row]) is not None:
                 keys, values = slots[:, block * block_size : block * block_size + seq_len]
             else:
                 keys, values = self._gather(kv_layer, metadata.block_table[row], seq_len)
-            out[start:stop] = _attend(query[start:stop].to(keys.dtype), keys, values)
+            out[start:stop] = self._attend(query[start:stop].to(keys.dtype), keys, values, causal=True)
             start = stop
 
     def encode(self, query: Tensor, key: Tensor, value: Tensor, metadata: EncoderMetadata) -> Tensor:
         """query, key, value: [E, H, D] -> [E, H, D]."""
         clips = zip(*(torch.split(x, list(metadata.lens)) for x in (query, key, value)), strict=True)
-        return torch.cat([_attention(q, k, v) for q, k, v in clips])
+        return torch.cat([self._attend(q, k, v, causal=False) for q, k, v in clips])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+        """One sequence, causal as bottom-right aligned. query: [Q, H, D]; key, value: [S, Hkv, D] -> [Q, H, D]."""
+        num_queries, length = query.shape[0], key.shape[0]
+        mask = None
+        if causal and 1 < num_queries < length:
+            mask = torch.ones(num_queries, length, dtype=torch.bool, device=query.device).tril(length - num_queries)
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        is_causal = causal and num_queries == length
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+        return out[0].transpose(0, 1)
 
     def _gather(self, kv_layer: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """A sequence's keys and values, contiguous. blocks: [M] -> two of [S, Hkv, D], valid until the next call."""
@@ -88,23 +98,3 @@ def write_kv(key: Tensor, value: Tensor, kv_layer: Tensor, slot_mapping: Tensor)
     slots = kv_layer.flatten(1, 2)
     slots[0].index_copy_(0, slot_mapping, key.to(slots.dtype))
     slots[1].index_copy_(0, slot_mapping, value.to(slots.dtype))
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal, bottom-right aligned. query: [Q, H, D], key and value: [S, Hkv, D] -> [Q, H, D]."""
-    num_queries, length = query.shape[0], key.shape[0]
-    if num_queries == 1:
-        return _attention(query, key, value)
-    positions = torch.arange(length, device=query.device)
-    visible = positions[None, :] <= positions[length - num_queries :, None]
-    return _attention(query, key, value, visible)
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool = False
-) -> Tensor:
-    """query: [Q, H, D], key and value: [S, Hkv, D], mask: bool [Q, S] or None -> [Q, H, D]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
-    return out[0].transpose(0, 1)

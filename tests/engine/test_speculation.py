@@ -167,7 +167,7 @@ def test_real_speech_in_one_turn_and_in_two() -> None:
         kind: sum(len(expected[key]) - len(given) for key, given in outputs.items() if key[0].endswith(kind))
         for kind in ("first", "again")
     }
-    assert saved["again"] > 10, "what was said in the turn before is there to be guessed"
+    assert saved["again"] > 5, "what was said in the turn before is there to be guessed"
 
 
 def test_limits_of_the_lookup_that_cross_are_refused(gqa_folder: Path) -> None:
