@@ -24,7 +24,7 @@ from benchmarks.workload import Job, engine_request, num_samples
 from engine.client import ProcessEngineClient
 from engine.core import EngineCore
 from engine.messages import AudioClip, EngineArgs, EngineRequest, SamplingParams
-from engine.scheduler import SchedulerOutput
+from engine.plan import SchedulerOutput
 from model.config import Qwen2AudioConfig
 
 
@@ -63,7 +63,7 @@ class Outcome:
 
 def fit(args: EngineArgs, repeats: int = 3) -> LinearCost:
     """Time the designs and fit a price for each count. -> the prices, and how far off they are."""
-    core = EngineCore.build(replace(args, max_num_batched_tokens=LARGEST_CHUNK))
+    core = EngineCore.build(replace(args, max_num_batched_tokens=LARGEST_CHUNK, async_scheduling=False))
     audio_id, num_text_ids = _ids(Path(args.model_folder))
     rows: list[tuple[StepWork, float]] = []
     number = 0

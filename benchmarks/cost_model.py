@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from engine.scheduler import SchedulerOutput
+from engine.plan import SchedulerOutput
 from model.config import num_conv_frames, num_mel_frames
 
 

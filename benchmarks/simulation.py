@@ -27,7 +27,8 @@ from benchmarks.workload import Job, engine_request, text_id
 from engine.answer import SampledToken
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
-from engine.scheduler import Scheduler, SchedulerOutput
+from engine.plan import SchedulerOutput
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 
 

@@ -134,7 +134,7 @@ def compare(plain: list[Run], drafted: list[Run]) -> dict[str, Any]:
 
 def script(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Random weights: how much a step with drafts costs, and what it brings, by how good the script is."""
-    core = EngineCore.build(EngineArgs(str(folder), dtype=args.dtype, num_threads=args.threads, device=args.device))
+    core = EngineCore.build(_engine_args(folder, args))
     rows = []
     for batch in args.batch:
         requests = [_noise_request(f"r{index}", index, args) for index in range(batch)]
@@ -164,7 +164,7 @@ def script(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def speech(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The bundled checkpoint: clips whose text stands in the prompt, one at a time and all at once."""
-    core = EngineCore.build(EngineArgs(str(BUNDLED), dtype=args.dtype, num_threads=args.threads, device=args.device))
+    core = EngineCore.build(_engine_args(BUNDLED, args))
     rows = []
     for with_script in (True, False):
         requests = _speech_requests(with_script)
@@ -180,6 +180,13 @@ def speech(args: argparse.Namespace) -> list[dict[str, Any]]:
             plains, drafts = map(list, zip(*pairs, strict=True))
             rows.append({"batch": batch, "script_in_prompt": with_script, **compare(plains, drafts)})
     return rows
+
+
+def _engine_args(folder: Path, args: argparse.Namespace) -> EngineArgs:
+    """One engine for both kinds of run, so without overlap, which drafts rule out."""
+    return EngineArgs(
+        str(folder), dtype=args.dtype, num_threads=args.threads, device=args.device, async_scheduling=False
+    )
 
 
 def _speculation(core: EngineCore, lookup: PromptLookup, num_drafts: int) -> Speculation:

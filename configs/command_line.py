@@ -71,6 +71,8 @@ def _options(name: str, field: FieldInfo) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     if isinstance(field.default, tuple):
         return {"nargs": "+", "action": "extend", "metavar": metavar_of(field), "help": text}
+    if bool in (field.annotation, *get_args(field.annotation)):
+        return {"action": argparse.BooleanOptionalAction, "help": text}
     if get_origin(field.annotation) is Literal:
         return {"choices": get_args(field.annotation), "help": text}
     return {"metavar": metavar_of(field) or _metavar(field), "help": text}

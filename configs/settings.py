@@ -84,6 +84,12 @@ class Settings(BaseModel):
         "engine", None, "longest prompt and answer together, in tokens; default: what the checkpoint allows", ge=16
     )
     max_num_seqs: int = _setting("engine", 64, "most requests that run at once; more wait", ge=1)
+    async_scheduling: bool | None = _setting(
+        "engine",
+        None,
+        "prepare a step while the device computes the one before; default: on CUDA only, as a CPU has nothing to "
+        "spare meanwhile, and not with --num-speculative-tokens",
+    )
     max_num_batched_tokens: int | None = _setting(
         "engine",
         None,

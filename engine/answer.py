@@ -25,9 +25,7 @@ def grow(sequence: Sequence, tokens: tuple[SampledToken, ...], max_model_len: in
     num_before = sequence.num_tokens
     for token in tokens:
         if token.error:
-            return EngineOutput(
-                sequence.request_id, finish_reason=FinishReason.ERROR, error=token.error, index=sequence.index
-            )
+            return fail(sequence, token.error)
         sequence.token_ids.append(token.token_id)
         if reason := _finish_reason(sequence, token, max_model_len):
             break
@@ -44,11 +42,20 @@ def grow(sequence: Sequence, tokens: tuple[SampledToken, ...], max_model_len: in
     )
 
 
+def fail(sequence: Sequence, error: str) -> EngineOutput:
+    """The last output of one that cannot go on."""
+    return EngineOutput(sequence.request_id, finish_reason=FinishReason.ERROR, error=error, index=sequence.index)
+
+
+def is_full(sequence: Sequence, max_model_len: int) -> bool:
+    """Whether the answer ends with its newest token, whatever that is."""
+    return sequence.num_output_tokens >= sequence.sampling.max_tokens or sequence.num_tokens >= max_model_len
+
+
 def _finish_reason(sequence: Sequence, token: SampledToken, max_model_len: int) -> FinishReason | None:
     """Whether the answer ends with its newest token, and why."""
     sampling = sequence.sampling
     is_stop_token = token.token_id in sampling.stop_token_ids
     if token.complete or (is_stop_token and sequence.num_output_tokens >= sampling.min_tokens):
         return FinishReason.STOP
-    full = sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= max_model_len
-    return FinishReason.LENGTH if full else None
+    return FinishReason.LENGTH if is_full(sequence, max_model_len) else None

@@ -1,5 +1,8 @@
 """The engine's heart: one step is schedule -> execute -> update. One thread, no queues, no clocks.
 
+With overlap, one step is in flight between two calls of `step`: the next one is planned and its forward pass queued
+before the result of the one before is taken, so that the host works while the device does.
+
 Built by `EngineCore.build` from a checkpoint folder; what it measured while building is in `info`.
 """
 
@@ -31,11 +34,12 @@ from engine.messages import (
     SamplingParams,
     SequenceId,
 )
-from engine.model_runner import ModelRunner, StepResult
+from engine.model_runner import ModelRunner, PendingStep, StepResult
+from engine.plan import ScheduledSequence, SchedulerOutput
 from engine.prefix_cache import PrefixCache
 from engine.prompt_lookup import PromptLookup
-from engine.scheduler import Scheduler, SchedulerOutput
-from engine.sequence import Sequence, choice_seed
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SequenceStatus, choice_seed
 from engine.speculation import Speculation
 from model.attention import select_backend
 from model.config import (
@@ -67,6 +71,9 @@ class EngineCore:
         self.runner = runner
         self.scheduler = scheduler
         self.info = info
+        self._overlaps = info.async_scheduling
+        self._in_flight: PendingStep | None = None
+        """Its plan is `Scheduler.update`d by the next step."""
         self._seeds = random.Random(seed)
         self._num_failed_steps = 0
         """In a row, without a sequence that could be computed."""
@@ -86,7 +93,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` would compute something, or soon will."""
-        return self.scheduler.has_work or self.runner.guidance.is_compiling
+        return self.scheduler.has_work or self.runner.guidance.is_compiling or self._in_flight is not None
 
     @property
     def stats(self) -> EngineStats:
@@ -112,12 +119,61 @@ class EngineCore:
             self.runner.release(sequence_id)
 
     def step(self) -> list[EngineOutput]:
-        """Compute one step. -> what it gave, one output at most for each choice."""
+        """Compute one step; with overlap, begin one and end the one before. -> what was sampled."""
         refused = self._add_compiled()
-        plan = self.scheduler.schedule()
-        result = self._execute(plan)
-        sampled = self.runner.guidance.advance(result.sampled)
-        outputs = refused + self.scheduler.update(plan, sampled, result.failed_clips)
+        if not self._overlaps:
+            plan = self.scheduler.schedule()
+            return refused + self._update(plan, self._execute(plan))
+        before, self._in_flight = self._in_flight, None
+        plan = self.scheduler.schedule(before.plan if before else None)
+        step = self._begin(plan, before)
+        outputs = []
+        if before:
+            try:
+                result = before.result()
+            except Exception as error:
+                self._start_over(error)
+                return refused
+            self._num_failed_steps = 0
+            outputs = self._update(before.plan, result)
+        return refused + outputs + self._go_on(plan, step)
+
+    def _begin(self, plan: SchedulerOutput, before: PendingStep | None) -> PendingStep | Exception:
+        """Queue the forward pass. A step that cannot be queued waits until the one before it is through."""
+        try:
+            return self.runner.launch(plan, before)
+        except Exception as error:
+            return error
+
+    def _go_on(self, plan: SchedulerOutput, step: PendingStep | Exception) -> list[EngineOutput]:
+        """Queue the rest, now that all tokens before it are known. -> outputs only if that fails."""
+        if isinstance(step, PendingStep):
+            try:
+                self.runner.sample(step)
+            except Exception as error:
+                step = error
+        if isinstance(step, Exception):
+            return self._update(plan, self._recover(plan, step))
+        if plan.clips_to_encode or _unfinished(plan):
+            self._in_flight = step
+        return []
+
+    def _start_over(self, error: Exception) -> None:
+        """The step in flight is lost: compute all that runs again, without overlap, which finds the culprit."""
+        logger.error("a step in flight failed; from now on each is waited for", exc_info=error)
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise error
+        self._overlaps = False
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.runner.sampler.penalties.release(sequence.sequence_id)
+        self.scheduler.recompute_all()
+
+    def _update(self, plan: SchedulerOutput, result: StepResult) -> list[EngineOutput]:
+        """Take a result in. -> what it gave to those that have not ended since."""
+        unfinished = {item.sequence.sequence_id for item in _unfinished(plan)}
+        sampled = {key: token for key, token in result.sampled.items() if key in unfinished}
+        outputs = self.scheduler.update(plan, self.runner.guidance.advance(sampled), result.failed_clips)
         for output in outputs:
             if output.finish_reason is not None:
                 self.runner.release(output.sequence_id)
@@ -126,7 +182,7 @@ class EngineCore:
     def _add_compiled(self) -> list[EngineOutput]:
         """Queue the sequences whose grammars are ready. -> the last words of those that have none."""
         refused = []
-        wait_s = 0.0 if self.scheduler.has_work else COMPILE_WAIT_SECONDS
+        wait_s = 0.0 if self.scheduler.has_work or self._in_flight else COMPILE_WAIT_SECONDS
         for sequence, error in self.runner.guidance.take_compiled(wait_s):
             if error:
                 refused.append(failed(sequence.request_id, error, sequence.index))
@@ -138,20 +194,26 @@ class EngineCore:
         """Run a plan; when that raises, run its sequences one at a time, so that only the culprit ends."""
         try:
             result = self.runner.execute(plan)
-        except Exception:
-            logger.exception("a step failed; its %d sequences are computed one at a time", len(plan.scheduled))
-            self._num_failed_steps += 1
-            if self._num_failed_steps >= MAX_FAILED_STEPS:
-                raise
-            return self._execute_one_by_one(plan)
+        except Exception as error:
+            return self._recover(plan, error)
         self._num_failed_steps = 0
         return result
 
+    def _recover(self, plan: SchedulerOutput, error: Exception) -> StepResult:
+        logger.error(
+            "a step failed; its %d sequences are computed one at a time", len(plan.scheduled), exc_info=error
+        )
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise error
+        return self._execute_one_by_one(plan)
+
     def _execute_one_by_one(self, plan: SchedulerOutput) -> StepResult:
-        """Computing a token again writes what it wrote before, so nothing has to be undone first."""
+        """Computing a token again writes what it wrote before; only counts of tokens have to be made anew."""
         sampled: dict[SequenceId, tuple[SampledToken, ...]] = {}
         failed_clips: set[str] = set()
-        for item in plan.scheduled:
+        for item in _unfinished(plan):
+            self.runner.sampler.penalties.release(item.sequence.sequence_id)
             hashes = {
                 clip.content_hash for clip in item.sequence.clips_within(item.start, item.start + item.num_tokens)
             }
@@ -191,6 +253,11 @@ class EngineCore:
             raise RequestError("the request id is in use")
 
 
+def _unfinished(plan: SchedulerOutput) -> list[ScheduledSequence]:
+    """What is left of a plan when some of its sequences have ended."""
+    return [item for item in plan.scheduled if item.sequence.status is not SequenceStatus.FINISHED]
+
+
 def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
     """What would break a step for everybody. Raises RequestError."""
     ids = (*params.stop_token_ids, *(token for token, _ in params.logit_bias))
@@ -216,6 +283,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     device = resolve_device(args.device)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    overlaps = _overlaps(args, device)
     dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
     backend, attention_reason = select_backend(args.attention_backend, device)
     token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
@@ -234,9 +302,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     info = EngineInfo(
         max_model_len=max_model_len,
         vocab_size=config.text.vocab_size,
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu ({torch.get_num_threads()} threads)",
+        device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=dtype_reason,
         attention_backend=backend.name,
@@ -246,6 +312,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=token_budget,
         max_num_batched_tokens_reason=budget_reason,
+        async_scheduling=overlaps,
         load_seconds=time.monotonic() - started,
     )
     guidance = Guidance(
@@ -270,6 +337,23 @@ def _scheduler(args: EngineArgs, config: Qwen2AudioConfig, info: EngineInfo, dty
         speculation=_speculation(args, info.max_model_len),
         long_prefill_token_threshold=args.long_prefill_token_threshold,
     )
+
+
+def _overlaps(args: EngineArgs, device: torch.device) -> bool:
+    """Drafts are made from the tokens of the step before, so that one has to be through."""
+    if args.num_speculative_tokens and args.async_scheduling:
+        raise EngineStartError(
+            "--async-scheduling and --num-speculative-tokens exclude each other: drafts need the tokens before them"
+        )
+    if args.async_scheduling is None:
+        return device.type == "cuda" and not args.num_speculative_tokens
+    return args.async_scheduling
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def _speculation(args: EngineArgs, max_model_len: int) -> Speculation:

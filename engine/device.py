@@ -1,8 +1,16 @@
-"""Which device and which precision, each with the reason that the start-up line prints."""
+"""Which device and which precision, each with the reason that the start-up line prints; and the ways there and back.
+
+While the device computes, the host prepares what comes next. So nothing is ever copied such that the host waits for
+work that was queued before: what goes there is pinned first, and what comes back is waited for by an event.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from engine.errors import EngineStartError
 
@@ -49,3 +57,33 @@ def _cpu_multiplies_bfloat16() -> bool:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # before torch 2.13
+
+
+def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """An array or a list on the device, without waiting for what runs there. On a CPU an array may be shared."""
+    shared = isinstance(values, np.ndarray) and values.flags.writeable and dtype is None
+    tensor = torch.from_numpy(values) if shared else torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class HostCopy:
+    """Tensors on their way from the device: the copies are queued at once, `wait` is for when they are needed."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        """At least one, all of one device."""
+        self._copied: torch.cuda.Event | None = None
+        if tensors[0].device.type != "cuda":
+            self._tensors = tensors
+            return
+        self._tensors = tuple(
+            torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            for tensor in tensors
+        )
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """On the CPU, in the order in which they were given."""
+        if self._copied:
+            self._copied.synchronize()
+        return self._tensors

@@ -9,6 +9,7 @@ each of its audio tokens.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.messages import AudioClip, SequenceId
@@ -61,15 +62,31 @@ class EncoderCache:
         self._entries[clip.content_hash].holders.add(holder)
         self._entries.move_to_end(clip.content_hash)
 
-    def release(self, clip: AudioClip, holder: SequenceId) -> None:
-        """The sequence no longer needs the clip. No error if it did not hold it."""
-        if entry := self._entries.get(clip.content_hash):
-            entry.holders.discard(holder)
+    def release(self, clips: Iterable[AudioClip], holder: SequenceId, before: int | None = None) -> None:
+        """The sequence needs no more those of its clips that end at or before a position; None: any of them."""
+        clips = tuple(clips)
+        inside = {
+            clip.content_hash for clip in clips if before and clip.offset < before < clip.offset + clip.num_tokens
+        }
+        for clip in clips:
+            ended = before is None or clip.offset + clip.num_tokens <= before
+            if ended and clip.content_hash not in inside:  # the same audio may come twice in one prompt
+                self.holders(clip.content_hash).discard(holder)
+
+    def holders(self, content_hash: str) -> set[SequenceId]:
+        """Sequences that need a clip now."""
+        entry = self._entries.get(content_hash)
+        return entry.holders if entry else set()
 
     def drop(self, content_hash: str) -> None:
-        """Forget an entry; the runner is told by the next `take_evicted`."""
-        del self._entries[content_hash]
-        self._evicted.append(content_hash)
+        """Forget an entry; the runner is told by the next `take_evicted`. No error if it is not there."""
+        if self._entries.pop(content_hash, None):
+            self._evicted.append(content_hash)
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        for content_hash in list(self._entries):
+            self.drop(content_hash)
 
     def take_evicted(self) -> tuple[str, ...]:
         """Hashes dropped since the last call, for the runner to free. One that came back is not among them."""

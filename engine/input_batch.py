@@ -1,13 +1,18 @@
-"""A plan -> the packed arrays of one forward pass. Pure: numpy in, numpy out, no device, no state. Torch-free."""
+"""A plan -> the packed arrays of one forward pass. Pure: numpy in, numpy out, no device, no state. Torch-free.
+
+All arrays of a batch are views of one, `packed`, so that one copy brings them to the device.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.scheduler import ScheduledSequence, SchedulerOutput
+from engine.messages import SequenceId
+from engine.plan import ScheduledSequence, SchedulerOutput
 
 Int64Array = NDArray[np.int64]
 
@@ -26,8 +31,10 @@ class AudioRows:
 class InputBatch:
     """T tokens of B sequences, decodes first."""
 
+    packed: Int64Array
+    """token_ids, positions, slot_mapping, seq_lens, query starts [B + 1], block_table, end to end."""
     token_ids: Int64Array
-    """[T]"""
+    """[T]: 0 where the token is pending."""
     positions: Int64Array
     """[T]"""
     slot_mapping: Int64Array
@@ -36,70 +43,90 @@ class InputBatch:
     """[B, M]: rows padded with the null block."""
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
+    query_starts: Int64Array
+    """[B + 1]: the first row of each sequence, and the end."""
     num_decodes: int
     first_blocks: tuple[int | None, ...]
     """Of each sequence whose blocks in use are consecutive."""
-    sample_rows: Int64Array
-    """Rows of the packed output that sample, in the plan's order of those sequences; one for each draft, and one."""
+    last_rows: tuple[int, ...]
+    """Of each sequence, its last row of the packed tokens; those of its drafts are the last ones."""
+    pending: tuple[tuple[int, SequenceId], ...]
+    """Rows whose token is what the step in flight samples for a sequence."""
     audio_rows: tuple[AudioRows, ...]
 
 
 def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
     """Lay the scheduled tokens end to end."""
     items = plan.scheduled
-    query_lens = tuple(item.num_tokens for item in items)
-    ends = np.cumsum(query_lens, dtype=np.int64)
-    positions = np.concatenate([np.arange(item.start, item.start + item.num_tokens) for item in items])
-    tables = [np.asarray(item.sequence.block_table, dtype=np.int64) for item in items]
-    blocks = np.concatenate(
-        [table[_block_span(item, block_size)] for table, item in zip(tables, items, strict=True)]
+    lens = np.array([item.num_tokens for item in items])
+    starts = np.array([item.start for item in items])
+    tables = [item.sequence.block_table for item in items]
+    table_lens = np.array([len(table) for table in tables])
+    ends = lens.cumsum()
+    num_tokens, num_rows, width = int(ends[-1]), len(items), int(table_lens.max())
+    packed = np.zeros(3 * num_tokens + num_rows * (2 + width) + 1, dtype=np.int64)
+    token_ids, positions, slot_mapping = packed[: 3 * num_tokens].reshape(3, num_tokens)
+    seq_lens, query_starts, block_table = np.split(packed[3 * num_tokens :], [num_rows, 2 * num_rows + 1])
+    block_table = block_table.reshape(num_rows, width)
+
+    np.add(starts, lens, out=seq_lens)
+    query_starts[1:] = ends
+    block_table[np.arange(width) < table_lens[:, None]] = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
+    rows = np.repeat(np.arange(num_rows), lens)
+    np.subtract(np.arange(num_tokens), (ends - lens - starts)[rows], out=positions)
+    blocks, offsets = np.divmod(positions, block_size)
+    np.add(block_table[rows, blocks] * block_size, offsets, out=slot_mapping)
+    last_rows = tuple((ends - 1).tolist())
+    pending = tuple(
+        (row, item.sequence.sequence_id) for row, item in zip(last_rows, items, strict=True) if _ends_pending(item)
     )
-    block_table = np.zeros((len(items), max(len(table) for table in tables)), dtype=np.int64)
-    for row, table in enumerate(tables):
-        block_table[row, : len(table)] = table
+    token_ids[:] = _token_ids(items)
     return InputBatch(
-        token_ids=np.concatenate([np.asarray(_token_ids(item), dtype=np.int64) for item in items]),
+        packed=packed,
+        token_ids=token_ids,
         positions=positions,
-        slot_mapping=blocks * block_size + positions % block_size,
+        slot_mapping=slot_mapping,
         block_table=block_table,
-        query_lens=query_lens,
-        seq_lens=tuple(item.start + item.num_tokens for item in items),
-        num_decodes=sum(1 for length in query_lens if length == 1),
-        first_blocks=tuple(_first_block(item, block_size) for item in items),
-        sample_rows=np.array(
-            [
-                row
-                for end, item in zip(ends, items, strict=True)
-                if item.samples
-                for row in range(end - 1 - len(item.draft_token_ids), end)
-            ],
-            dtype=np.int64,
-        ),
+        query_lens=tuple(lens.tolist()),
+        seq_lens=tuple(seq_lens.tolist()),
+        query_starts=query_starts,
+        num_decodes=int(np.count_nonzero(lens == 1)),
+        first_blocks=_first_blocks(block_table, -(-seq_lens // block_size)),
+        last_rows=last_rows,
+        pending=pending,
         audio_rows=tuple(_audio_rows(items, ends)),
     )
 
 
-def _token_ids(item: ScheduledSequence) -> list[int]:
-    """What the plan computes of a sequence, drafts included."""
-    return item.sequence.token_ids[item.start : item.start + item.num_tokens] + list(item.draft_token_ids)
+def _ends_pending(item: ScheduledSequence) -> bool:
+    """Whether its last token is sampled by the step in flight."""
+    sequence = item.sequence
+    return bool(sequence.num_pending_tokens) and item.start + item.num_tokens == sequence.num_tokens
 
 
-def _first_block(item: ScheduledSequence, block_size: int) -> int | None:
-    """The first block if those in use follow each other, else None."""
-    table = item.sequence.block_table
-    num_used = -(-(item.start + item.num_tokens) // block_size)
-    return table[0] if table[:num_used] == list(range(table[0], table[0] + num_used)) else None
+def _token_ids(items: tuple[ScheduledSequence, ...]) -> list[int]:
+    """Of all items, drafts included, 0 where one is pending."""
+    token_ids: list[int] = []
+    for item in items:
+        token_ids += item.sequence.token_ids[item.start : item.start + item.num_tokens]
+        token_ids += item.draft_token_ids
+        if _ends_pending(item):
+            token_ids.append(0)
+    return token_ids
 
 
-def _block_span(item: ScheduledSequence, block_size: int) -> Int64Array:
-    """Index into the block table for each scheduled token."""
-    return np.arange(item.start, item.start + item.num_tokens) // block_size
+def _first_blocks(block_table: Int64Array, num_used: Int64Array) -> tuple[int | None, ...]:
+    """The first block of each row if those in use follow each other, else None."""
+    places = np.arange(block_table.shape[1])
+    in_place = (block_table == block_table[:, :1] + places) | (places >= num_used[:, None])
+    firsts = zip(block_table[:, 0].tolist(), in_place.all(axis=1).tolist(), strict=True)
+    return tuple(first if is_run else None for first, is_run in firsts)
 
 
 def _audio_rows(items: tuple[ScheduledSequence, ...], ends: Int64Array) -> list[AudioRows]:
     rows = []
-    for item, end in zip(items, ends, strict=True):
-        shift = int(end) - item.num_tokens - item.start  # from a position of the sequence to a packed row
+    for item, end in zip(items, ends.tolist(), strict=True):
+        shift = end - item.num_tokens - item.start  # from a position of the sequence to a packed row
         for clip in item.sequence.clips_within(item.start, item.start + item.num_tokens):
             first = max(item.start, clip.offset)
             last = min(item.start + item.num_tokens, clip.offset + clip.num_tokens)

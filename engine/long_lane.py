@@ -40,14 +40,16 @@ class LongLane:
         self._running = running
         self._waiting = waiting
         self._scheduled: Collection[SequenceId] = ()
+        self._ending: Collection[Sequence] = ()
         self._tokens_left: int | None = None
         """Of the lane; None: no long one has been held back in this step."""
         self._priority = 0
         """Of the first one held back."""
 
-    def begin(self, scheduled: Collection[SequenceId]) -> None:
-        """A new step. `scheduled` grows with it: those that have their place."""
+    def begin(self, scheduled: Collection[SequenceId], ending: Collection[Sequence] = ()) -> None:
+        """A new step. `scheduled` grows with it: those that have their place; `ending` run, and need none."""
         self._scheduled = scheduled
+        self._ending = ending
         self._tokens_left = None
 
     def limit(self, sequence: Sequence, tokens_left: int) -> int:
@@ -79,8 +81,10 @@ class LongLane:
     def _in_need(self) -> Iterator[Sequence]:
         """Those that have no place in the step yet and may get one."""
         for sequence in self._running:
-            if sequence.sequence_id not in self._scheduled:
+            if sequence.sequence_id not in self._scheduled and sequence not in self._ending:
                 yield sequence
         for sequence in islice(self._waiting, max(0, self.max_num_seqs - len(self._running))):
+            if sequence.num_pending_tokens:  # nobody is admitted before all its tokens are known
+                return
             if self._blocks.can_allocate(sequence, sequence.num_tokens):
                 yield sequence

@@ -152,6 +152,8 @@ class EngineInfo:
     max_num_batched_tokens: int
     max_num_batched_tokens_reason: str
     load_seconds: float
+    async_scheduling: bool = False
+    """Whether steps overlap (see engine/core.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,11 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = None
     """None: from `gpu_memory_utilization` on CUDA, 2 GiB at most on a CPU."""
     gpu_memory_utilization: float = 0.92
+    async_scheduling: bool | None = None
+    """Prepare a step while the one before computes; never with drafts.
+
+    None: on CUDA, where the device computes beside the host, if there are no drafts.
+    """
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores."""
     num_speculative_tokens: int = 0

@@ -1,4 +1,11 @@
-"""The device's owner: loads the model, holds the KV cache and the encoded clips, runs plans. Decides nothing."""
+"""The device's owner: loads the model, holds the KV cache and the encoded clips, runs plans. Decides nothing.
+
+A plan is run in three parts, and only the last waits for the device: `launch` queues its forward pass, `sample` what
+chooses the tokens, `PendingStep.result` brings them to the host. `launch` may come before the result of the step
+before: the tokens that one samples are then read on the device. `sample` needs them on the host, for the masks of
+grammars and to leave out who has ended; the device is busy with the forward pass meanwhile. On a CPU a part has run
+when its call returns.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +13,18 @@ import logging
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.answer import SampledToken
+from engine.device import HostCopy, to_device
 from engine.guidance import Guidance, TokenMasks
 from engine.input_batch import InputBatch, build_input_batch
 from engine.messages import AudioClip, SequenceId
-from engine.sample_row import SampleRow, sample_rows
-from engine.sampler import Sampler
-from engine.scheduler import SchedulerOutput
+from engine.plan import SchedulerOutput
+from engine.sample_row import sample_rows
+from engine.sampler import SampledBatch, Sampler
 from model.attention import AttentionMetadata
 from model.kv_cache import allocate_kv_cache, copy_blocks
 from model.qwen2_audio import Qwen2Audio
@@ -37,8 +42,47 @@ class StepResult:
     """Content hashes of clips that could not be encoded."""
 
 
+@dataclass(slots=True)
+class EncodedClips:
+    """What became of the clips that a step encodes."""
+
+    broken: frozenset[str] = frozenset()
+    """Content hashes of those that raised."""
+    hashes: tuple[str, ...] = ()
+    """Of the others."""
+    are_finite: HostCopy | None = None
+    """bool, for each of `hashes`."""
+
+    def failed(self) -> frozenset[str]:
+        """Content hashes of clips without usable embeddings. Waits for the device."""
+        if self.are_finite is None:
+            return self.broken
+        (are_finite,) = self.are_finite.wait()
+        finite = zip(self.hashes, are_finite.tolist(), strict=True)
+        return self.broken.union(content_hash for content_hash, is_finite in finite if not is_finite)
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A plan that the device is at work on."""
+
+    plan: SchedulerOutput
+    encoded: EncodedClips
+    hidden: Tensor | None = None
+    """[T, C], normalised; None when the plan has no tokens."""
+    last_rows: tuple[int, ...] = ()
+    """Of each sequence of the plan, its last row of `hidden`."""
+    masks: Future[TokenMasks] | None = None
+    """Of all that sample, when they could be begun with the forward pass."""
+    sampled: SampledBatch | None = None
+
+    def result(self) -> StepResult:
+        """Waits for the device. Raises what went wrong there."""
+        return StepResult(self.sampled.result() if self.sampled else {}, self.encoded.failed())
+
+
 class ModelRunner:
-    """`execute` plans; `release` what an ended sequence leaves behind."""
+    """Runs plans, see the module's docstring; `release` what an ended sequence leaves behind."""
 
     def __init__(
         self, model: Qwen2Audio, num_blocks: int, block_size: int, max_num_seqs: int, guidance: Guidance
@@ -54,56 +98,88 @@ class ModelRunner:
         self._clips: dict[str, Tensor] = {}
         """Content hash -> embeddings [A, C]."""
 
-    @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> StepResult:
-        """Encode the new clips, run the packed tokens, sample where a sequence has caught up."""
+        """All parts, one after the other."""
+        step = self.launch(plan)
+        self.sample(step)
+        return step.result()
+
+    @torch.inference_mode()
+    def launch(self, plan: SchedulerOutput, before: PendingStep | None = None) -> PendingStep:
+        """Queue the new clips' encoder run and the forward pass. `before`: the step whose tokens are pending."""
         for content_hash in plan.evicted_clips:
             self._clips.pop(content_hash, None)
-        failed = self._encode(plan.clips_to_encode)
-        if not plan.scheduled:
-            return StepResult({}, failed)
-        copy_blocks(self.kv_cache, [item.block_copy for item in plan.scheduled if item.block_copy])
-        sampling = sample_rows(plan)
-        masks = self.guidance.fill(sampling)
-        hidden = self._forward(build_input_batch(plan, self.block_size))
-        return StepResult(self._sample(hidden, sampling, masks), failed)
+        step = PendingStep(plan, self._encode_all(plan.clips_to_encode))
+        if plan.scheduled:
+            if pairs := [item.block_copy for item in plan.scheduled if item.block_copy]:
+                copy_blocks(self.kv_cache, to_device(pairs, self.device))
+            batch = build_input_batch(plan, self.block_size)
+            step.last_rows = batch.last_rows
+            if before is None:
+                step.masks = self.guidance.fill(list(sample_rows(plan, step.last_rows).values()))
+            step.hidden = self._forward(batch, before)
+        return step
+
+    @torch.inference_mode()
+    def sample(self, step: PendingStep) -> None:
+        """Queue the choice of tokens for the sequences that have not ended; nothing of them is pending any more."""
+        rows = sample_rows(step.plan, step.last_rows)
+        if not rows or step.hidden is None:
+            return
+        batch = list(rows.values())
+        masks = step.masks or self.guidance.fill(batch)
+        logits = self.model.compute_logits(step.hidden[to_device(list(rows), self.device)])
+        step.hidden = None
+        step.sampled = self.sampler.sample(logits, batch, masks.result() if masks else None)
 
     def release(self, sequence_id: SequenceId) -> None:
         """Forget an ended sequence. Fine for one never seen."""
         self.sampler.penalties.release(sequence_id)
         self.guidance.release(sequence_id)
 
-    def _forward(self, batch: InputBatch) -> Tensor:
-        """-> normalised hidden states of the rows that sample, [B, C]."""
-        hidden = self.model.embed(self._to_device(batch.token_ids))
-        for rows in batch.audio_rows:
-            if (clip := self._clips.get(rows.content_hash)) is not None:
-                hidden[rows.target : rows.target + rows.num_rows] = clip[rows.source : rows.source + rows.num_rows]
+    def _forward(self, batch: InputBatch, before: PendingStep | None) -> Tensor:
+        """-> normalised hidden states, [T, C]."""
+        packed = to_device(batch.packed, self.device)
+        num_tokens, num_rows = len(batch.token_ids), len(batch.seq_lens)
+        token_ids, positions, slot_mapping, seq_lens, query_starts, block_table = torch.split(
+            packed, [*3 * [num_tokens], num_rows, num_rows + 1, batch.block_table.size]
+        )
+        if batch.pending:
+            assert before is not None
+            assert before.sampled is not None
+            rows = [(row, before.sampled.row_of[sequence_id]) for row, sequence_id in batch.pending]
+            targets, sources = to_device(rows, self.device).unbind(1)
+            token_ids[targets] = before.sampled.token_ids[sources]
+        hidden = self.model.embed(token_ids)
+        for clip in batch.audio_rows:
+            if (rows_of_clip := self._clips.get(clip.content_hash)) is not None:
+                rows_of_clip = rows_of_clip[clip.source : clip.source + clip.num_rows]
+                hidden[clip.target : clip.target + clip.num_rows] = rows_of_clip
         metadata = AttentionMetadata(
             query_lens=batch.query_lens,
             seq_lens=batch.seq_lens,
             num_decodes=batch.num_decodes,
             first_blocks=batch.first_blocks,
-            block_table=self._to_device(batch.block_table),
-            slot_mapping=self._to_device(batch.slot_mapping),
-            seq_lens_device=torch.tensor(batch.seq_lens, device=self.device),
-            query_starts=torch.tensor(list(accumulate(batch.query_lens, initial=0)), device=self.device),
+            block_table=block_table.view(batch.block_table.shape),
+            slot_mapping=slot_mapping,
+            seq_lens_device=seq_lens,
+            query_starts=query_starts,
         )
-        hidden = self.model(hidden, self._to_device(batch.positions), self.kv_cache, metadata)
-        return hidden[self._to_device(batch.sample_rows)]
+        return self.model(hidden, positions, self.kv_cache, metadata)
 
-    def _sample(
-        self, hidden: Tensor, batch: list[SampleRow], masks: Future[TokenMasks] | None
-    ) -> dict[SequenceId, tuple[SampledToken, ...]]:
-        if not batch:
-            return {}
-        logits = self.model.compute_logits(hidden)
-        return self.sampler.sample(logits, batch, masks.result() if masks else None)
+    def _encode_all(self, clips: Rows[AudioClip]) -> EncodedClips:
+        """Fill `_clips`."""
+        if not clips:
+            return EncodedClips()
+        broken = self._encode(clips)
+        hashes = tuple(clip.content_hash for clip in clips if clip.content_hash not in broken)
+        if not hashes:
+            return EncodedClips(broken)
+        are_finite = torch.stack([self._clips[content_hash].isfinite().all() for content_hash in hashes])
+        return EncodedClips(broken, hashes, HostCopy(are_finite))
 
     def _encode(self, clips: Rows[AudioClip]) -> frozenset[str]:
-        """Fill `_clips`; when a batch breaks, find the culprit by encoding one at a time. -> hashes that failed."""
-        if not clips:
-            return frozenset()
+        """When a batch breaks, find the culprit by encoding one at a time. -> hashes of those that raised."""
         try:
             self._encode_batch(clips)
         except torch.OutOfMemoryError:
@@ -113,16 +189,11 @@ class ModelRunner:
                 logger.exception("a clip could not be encoded")
                 return frozenset({clips[0].content_hash})
             return frozenset().union(*(self._encode([clip]) for clip in clips))
-        return frozenset(
-            clip.content_hash for clip in clips if not bool(self._clips[clip.content_hash].isfinite().all())
-        )
+        return frozenset()
 
     def _encode_batch(self, clips: Rows[AudioClip]) -> None:
-        samples = [self._to_device(clip.samples) for clip in clips]
+        samples = [to_device(clip.samples, self.device) for clip in clips]
         for clip, rows in zip(clips, self.model.encode_audio(samples), strict=True):
             if rows.shape[0] != clip.num_tokens:
                 raise ValueError(f"{clip.num_tokens} placeholders for {rows.shape[0]} audio tokens")
             self._clips[clip.content_hash] = rows.clone()  # a view would keep all that were encoded with it
-
-    def _to_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.tensor(array).to(self.device, non_blocking=True)

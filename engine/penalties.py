@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.device import to_device
 from engine.messages import SequenceId
 from engine.sequence import Sequence, SequenceStatus
 
@@ -30,7 +31,7 @@ class PenaltyTable:
 
     def rows(self, sequences: list[Sequence]) -> Tensor:
         """Row of each sequence, made on first sight. -> int64 [R]."""
-        return torch.tensor([self._row(sequence) for sequence in sequences], device=self._device)
+        return to_device([self._row(sequence) for sequence in sequences], self._device)
 
     def in_prompt(self, rows: Tensor) -> Tensor:
         """rows: [R] -> bool [R, V]."""
@@ -43,7 +44,7 @@ class PenaltyTable:
         counts = self._output_counts[rows]
         where = [(row, token_id) for row, token_ids in enumerate(drafts) for token_id in token_ids]
         if where:
-            index, token_ids = torch.tensor(where, device=self._device).unbind(1)
+            index, token_ids = to_device(where, self._device).unbind(1)
             counts.index_put_((index, token_ids), counts.new_ones(len(where)), accumulate=True)
         return counts
 
@@ -68,10 +69,9 @@ class PenaltyTable:
             self.release(next(idle).sequence_id)
         row = self._row_of[sequence.sequence_id] = self._free.pop()
         self._owners[sequence.sequence_id] = sequence
-        prompt = torch.tensor(sequence.request.prompt_token_ids, device=self._device)
-        self._in_prompt[row].fill_(False)[prompt] = True
-        output = torch.tensor(
-            sequence.token_ids[sequence.num_prompt_tokens :], dtype=torch.int64, device=self._device
-        )
-        self._output_counts[row] = torch.bincount(output, minlength=self._shape[1])
+        prompt = to_device(sequence.request.prompt_token_ids, self._device)
+        self._in_prompt[row].fill_(False).index_fill_(0, prompt, True)
+        output = to_device(sequence.token_ids[sequence.num_prompt_tokens :], self._device, torch.int64)
+        ones = torch.ones_like(output, dtype=torch.int32)
+        self._output_counts[row].zero_().index_put_((output,), ones, accumulate=True)
         return row

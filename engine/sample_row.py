@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.messages import SamplingParams, SequenceId
-from engine.scheduler import SchedulerOutput
-from engine.sequence import Sequence
+from engine.plan import SchedulerOutput
+from engine.sequence import Sequence, SequenceStatus
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """What the sampler knows of a row. The rows of a sequence follow each other: no draft, one draft, and so on."""
+class SampleRow(NamedTuple):
+    """What the sampler knows of a row. The rows of a sequence follow each other: no draft, one draft, and so on.
+
+    A tuple, as a step makes one for each row and compares them with those of the step before.
+    """
 
     sequence: Sequence
     draft_token_ids: tuple[int, ...] = ()
@@ -38,11 +40,15 @@ class SampleRow:
         return self.sequence.num_output_tokens + len(self.draft_token_ids)
 
 
-def sample_rows(plan: SchedulerOutput) -> list[SampleRow]:
-    """The rows of a plan, in the order of `InputBatch.sample_rows`."""
-    return [
-        SampleRow(item.sequence, item.draft_token_ids[:num_drafts])
-        for item in plan.scheduled
-        if item.samples
-        for num_drafts in range(1 + len(item.draft_token_ids))
-    ]
+def sample_rows(plan: SchedulerOutput, last_rows: tuple[int, ...]) -> dict[int, SampleRow]:
+    """For each packed row of a plan that is to be sampled, in order: what to know of it. Ended sequences have none.
+
+    last_rows: of each sequence of the plan, the last of its packed rows.
+    """
+    rows = {}
+    for last_row, item in zip(last_rows, plan.scheduled, strict=True):
+        if item.samples and item.sequence.status is not SequenceStatus.FINISHED:
+            drafts = item.draft_token_ids
+            for num_drafts in range(1 + len(drafts)):
+                rows[last_row - len(drafts) + num_drafts] = SampleRow(item.sequence, drafts[:num_drafts])
+    return rows

@@ -1,4 +1,4 @@
-"""Logits -> tokens. All rows stay on the device until one copy at the end; parameters are known on the host.
+"""Logits -> tokens. Nothing here waits for the device: parameters go there, and `SampledBatch` brings tokens back.
 
 Order of operations, as in transformers: logit bias and stop-token mask, repetition penalty, presence and frequency
 penalties, a grammar's mask, temperature, top-k, top-p, min-p, then a sample by the Gumbel trick. Logprobs are of the
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.answer import SampledToken
+from engine.device import HostCopy, to_device
 from engine.guidance import TokenMasks
 from engine.messages import SamplingParams, SequenceId, TokenLogprobs
 from engine.noise import gumbel
@@ -34,44 +34,109 @@ MAX_PARTIAL = 1024
 NOT_A_NUMBER = "the model's output for this request is not a number"
 
 
-@dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of a batch that are sampled alike."""
+    """Rows of a batch that are sampled alike, and their parameters on the device."""
 
-    index: Tensor
-    """int64 [R]"""
-    members: list[SampleRow]
+    def __init__(self, index: list[int], members: list[SampleRow], device: torch.device) -> None:
+        self.index = to_device(index, device)
+        """int64 [R]"""
+        self.members = members
+        self._columns: dict[str, Tensor] = {}
 
     def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter of each row. -> [R, 1]."""
-        values = [getattr(row.sampling, name) for row in self.members]
-        return torch.tensor(values, dtype=dtype, device=self.index.device)[:, None]
+        if name not in self._columns:
+            values = [getattr(row.sampling, name) for row in self.members]
+            self._columns[name] = to_device(values, self.index.device, dtype)[:, None]
+        return self._columns[name]
+
+    @cached_property
+    def seeds(self) -> Tensor:
+        """int64 [R]"""
+        return to_device([row.seed for row in self.members], self.index.device)
+
+
+class _Batch:
+    """Rows that are sampled together. While the same sequences decode it is kept, and nothing is looked up again."""
+
+    def __init__(self, members: list[SampleRow], device: torch.device) -> None:
+        self.members = members
+        self._device = device
+        self._rows: dict[Callable[[SamplingParams], bool], _Rows | None] = {}
+
+    def rows(self, wanted: Callable[[SamplingParams], bool]) -> _Rows | None:
+        """Rows whose sampling parameters satisfy `wanted`, if any."""
+        if wanted not in self._rows:
+            index = [place for place, row in enumerate(self.members) if wanted(row.sampling)]
+            members = [self.members[place] for place in index]
+            self._rows[wanted] = _Rows(index, members, self._device) if index else None
+        return self._rows[wanted]
+
+
+class SampledBatch:
+    """What was sampled for a batch: on the device at once, on the host when `result` is asked for."""
+
+    def __init__(
+        self,
+        members: list[SampleRow],
+        token_ids: Tensor,
+        stands: Tensor,
+        broken: Tensor,
+        logprobs: tuple[Tensor, ...] = (),
+    ) -> None:
+        """token_ids: int64 [B]; stands, broken: bool [B]; logprobs: those of `_logprobs`."""
+        self.token_ids = token_ids
+        self._members = members
+        self._copy = HostCopy(torch.stack((token_ids, stands.long(), broken.long())), *logprobs)
+
+    @cached_property
+    def row_of(self) -> dict[SequenceId, int]:
+        """Row of each sequence; only for a batch without drafts."""
+        return {row.sequence_id: place for place, row in enumerate(self._members)}
+
+    def result(self) -> dict[SequenceId, tuple[SampledToken, ...]]:
+        """The tokens of each sequence that stand, at least one. Waits for the device."""
+        tokens, *logprobs = (tensor.tolist() for tensor in self._copy.wait())
+        rows_of_logprobs = zip(*logprobs, strict=True)
+        sampled: dict[SequenceId, tuple[SampledToken, ...]] = {}
+        for row, token_id, stands, is_broken in zip(self._members, *tokens, strict=True):
+            count = row.sampling.logprobs
+            told = None if count is None else _token_logprobs(token_id, count, *next(rows_of_logprobs))
+            if stands:
+                token = SampledToken(token_id, told, NOT_A_NUMBER if is_broken else None)
+                sampled[row.sequence_id] = (*sampled.get(row.sequence_id, ()), token)
+        return sampled
 
 
 class Sampler:
-    """Holds the penalty table; everything else is an argument."""
+    """Holds the penalty table, and the last batch's parameters; everything else is an argument."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self.penalties = PenaltyTable(max_num_seqs, vocab_size, device)
+        self._batch = _Batch([], device)
+        """The last one."""
 
-    def sample(
-        self, logits: Tensor, batch: list[SampleRow], masks: TokenMasks | None = None
-    ) -> dict[SequenceId, tuple[SampledToken, ...]]:
-        """A token for each row that stands (see verification). logits: float32 [B, V], overwritten."""
+    def sample(self, logits: Tensor, members: list[SampleRow], masks: TokenMasks | None = None) -> SampledBatch:
+        """A token for each row, and whether it stands (see verification). logits: float32 [B, V], overwritten."""
+        if self._batch.members != members:
+            self._batch = _Batch(members, logits.device)
+        batch = self._batch
         broken = logits.isnan().any(-1)
-        raw = _raw_logprobs(logits, batch)
+        asking = batch.rows(_wants_logprobs)
+        raw = logits[asking.index].log_softmax(-1) if asking else None
         _apply_bias(logits, batch)
-        penalised = _rows(logits, batch, _has_penalty)
+        penalised = batch.rows(_has_penalty)
         if penalised:
             table_rows = self.penalties.rows([row.sequence for row in penalised.members])
             self._apply_penalties(logits, penalised, table_rows)
         if masks:
             _apply_masks(logits, masks)
         token_ids = _choose(logits, batch)
-        stands = verify(token_ids, batch)
+        stands = verify(token_ids, members)
         if penalised:
             self.penalties.count(table_rows, token_ids[penalised.index], stands[penalised.index])
-        return _collect(batch, token_ids, stands, broken, raw)
+        logprobs = _logprobs(raw, token_ids, asking) if asking and raw is not None else ()
+        return SampledBatch(members, token_ids, stands, broken, logprobs)
 
     def _apply_penalties(self, logits: Tensor, rows: _Rows, table_rows: Tensor) -> None:
         chosen = logits[rows.index]
@@ -83,16 +148,16 @@ class Sampler:
         logits[rows.index] = chosen
 
 
-def _rows(logits: Tensor, batch: list[SampleRow], wanted: Callable[[SamplingParams], bool]) -> _Rows | None:
-    """Rows whose sampling parameters satisfy `wanted`, if any."""
-    index = [row for row, sampled in enumerate(batch) if wanted(sampled.sampling)]
-    if not index:
-        return None
-    return _Rows(torch.tensor(index, device=logits.device), [batch[row] for row in index])
-
-
 def _has_penalty(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _has_bias(params: SamplingParams) -> bool:
+    return bool(params.logit_bias) or (params.min_tokens > 0 and bool(params.stop_token_ids))
+
+
+def _wants_logprobs(params: SamplingParams) -> bool:
+    return params.logprobs is not None
 
 
 def _is_greedy(params: SamplingParams) -> bool:
@@ -111,24 +176,32 @@ def _is_plain(params: SamplingParams) -> bool:
     return not (_is_greedy(params) or _is_partial(params) or _is_sorted(params))
 
 
-def _apply_bias(logits: Tensor, batch: list[SampleRow]) -> None:
+def _apply_bias(logits: Tensor, batch: _Batch) -> None:
     """Add logit biases, and mask stop tokens of answers that are still too short."""
-    for row, sampled in enumerate(batch):
-        params = sampled.sampling
-        if params.logit_bias:
-            ids, values = zip(*params.logit_bias, strict=True)
-            logits[row, list(ids)] += torch.tensor(values, device=logits.device)
-        if sampled.num_output_tokens < params.min_tokens and params.stop_token_ids:
-            logits[row, list(params.stop_token_ids)] = -math.inf
+    if not batch.rows(_has_bias):
+        return
+    biases, barred = [], []
+    for place, row in enumerate(batch.members):
+        params = row.sampling
+        biases += [(place, token_id, bias) for token_id, bias in params.logit_bias]
+        if row.num_output_tokens < params.min_tokens:
+            barred += [(place, token_id) for token_id in params.stop_token_ids]
+    if biases:
+        rows, ids, values = zip(*biases, strict=True)
+        index = to_device((rows, ids), logits.device)
+        logits.index_put_((index[0], index[1]), to_device(values, logits.device, logits.dtype), accumulate=True)
+    if barred:
+        index = to_device(tuple(zip(*barred, strict=True)), logits.device)
+        logits.index_put_((index[0], index[1]), logits.new_full((), -math.inf))
 
 
 def _apply_masks(logits: Tensor, masks: TokenMasks) -> None:
     """Leave the rows of grammars only what these allow."""
     device = logits.device
-    packed = torch.from_numpy(masks.allowed).to(device, non_blocking=True)
+    packed = to_device(masks.allowed, device)
     barred = _barred_bits(device)[packed.long()].view(torch.bool)[:, : logits.shape[1]]
     if len(masks.rows) < logits.shape[0]:  # filling bools is cheaper than gathering logits
-        rows = torch.tensor(masks.rows, device=device)
+        rows = to_device(masks.rows, device)
         barred = torch.zeros_like(logits, dtype=torch.bool).index_copy_(0, rows, barred)
     logits.masked_fill_(barred, -math.inf)
     for row, token_id in masks.forced:
@@ -142,17 +215,17 @@ def _barred_bits(device: torch.device) -> Tensor:
     return torch.from_numpy(1 - bits).view(torch.int64)[:, 0].to(device)
 
 
-def _choose(logits: Tensor, batch: list[SampleRow]) -> Tensor:
+def _choose(logits: Tensor, batch: _Batch) -> Tensor:
     """logits: [B, V] -> int64 [B]."""
     token_ids = logits.argmax(-1)
-    if rows := _rows(logits, batch, _is_partial):
+    if rows := batch.rows(_is_partial):
         count = min(max(row.sampling.top_k for row in rows.members), logits.shape[1])
         values, ids = logits[rows.index].topk(count)
         token_ids[rows.index] = _sample_candidates(values, ids, rows)
-    if rows := _rows(logits, batch, _is_sorted):
+    if rows := batch.rows(_is_sorted):
         values, ids = logits[rows.index].sort(descending=True)
         token_ids[rows.index] = _sample_candidates(values, ids, rows)
-    if rows := _rows(logits, batch, _is_plain):
+    if rows := batch.rows(_is_plain):
         values = logits[rows.index] / rows.column("temperature")
         values.masked_fill_(values < values.amax(-1, keepdim=True) + rows.column("min_p").log(), -math.inf)
         ids = torch.arange(values.shape[1], device=logits.device)[None]
@@ -175,37 +248,18 @@ def _sample_candidates(values: Tensor, ids: Tensor, rows: _Rows) -> Tensor:
 
 
 def _noise(rows: _Rows, ids: Tensor) -> Tensor:
-    device = ids.device
-    seeds = torch.tensor([row.seed for row in rows.members], device=device)
-    steps = torch.tensor([row.num_output_tokens for row in rows.members], device=device)
-    return gumbel(seeds, steps, ids)
+    steps = to_device([row.num_output_tokens for row in rows.members], rows.index.device)
+    return gumbel(rows.seeds, steps, ids)
 
 
-def _raw_logprobs(logits: Tensor, batch: list[SampleRow]) -> dict[int, Tensor]:
-    """Log-softmax of the rows that ask for logprobs, before anything is done to them."""
-    rows = _rows(logits, batch, lambda params: params.logprobs is not None)
-    if rows is None:
-        return {}
-    return dict(zip(rows.index.tolist(), logits[rows.index].log_softmax(-1), strict=True))
+def _logprobs(raw: Tensor, token_ids: Tensor, asking: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the sampled tokens, [R], and of the K most likely, values and ids [R, K]. raw: [R, V]."""
+    chosen = raw.gather(1, token_ids[asking.index, None])[:, 0]
+    values, ids = raw.topk(max(row.sampling.logprobs or 0 for row in asking.members))
+    return chosen, values, ids
 
 
-def _collect(
-    batch: list[SampleRow], token_ids: Tensor, stands: Tensor, broken: Tensor, raw: dict[int, Tensor]
-) -> dict[SequenceId, tuple[SampledToken, ...]]:
-    """Copy to the host."""
-    ids, does_stand, is_broken = torch.stack((token_ids, stands.long(), broken.long())).tolist()
-    sampled: dict[SequenceId, tuple[SampledToken, ...]] = {}
-    for row, sample in enumerate(batch):
-        if not does_stand[row]:
-            continue
-        logprobs = _token_logprobs(raw[row], ids[row], sample.sampling.logprobs or 0) if row in raw else None
-        token = SampledToken(ids[row], logprobs, NOT_A_NUMBER if is_broken[row] else None)
-        sampled[sample.sequence_id] = (*sampled.get(sample.sequence_id, ()), token)
-    return sampled
-
-
-def _token_logprobs(logprobs: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """logprobs: [V]."""
-    values, ids = logprobs.topk(num_top)
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
+def _token_logprobs(
+    token_id: int, num_top: int, chosen: float, values: list[float], ids: list[int]
+) -> TokenLogprobs:
+    return TokenLogprobs(token_id, chosen, tuple(zip(ids[:num_top], values[:num_top], strict=True)))

@@ -18,66 +18,27 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
   something for each sequence begins anew with it.
 - A sequence begins after the blocks that the prefix cache has of it: another's or, after a preemption, its own. They
   are published when a token was sampled after them: logits that are numbers vouch for all they come from.
+- A step may be planned before the result of the one before it is known: see `schedule`. What that one samples counts
+  as a token whose value is not known yet. A sequence that the result then ends has a wasted place in the plan.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field, replace
-from math import ceil
+from dataclasses import replace
 
-from engine.answer import SampledToken, grow
+from engine.answer import SampledToken, fail, grow, is_full
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
 from engine.long_lane import LongLane
-from engine.messages import AudioClip, EngineOutput, EngineStats, FinishReason, SequenceId
+from engine.messages import EngineOutput, EngineStats, FinishReason, SequenceId
+from engine.plan import PlanInProgress, ScheduledSequence, SchedulerOutput
 from engine.sequence import Sequence, SequenceStatus
 from engine.speculation import NO_SPECULATION, Speculation
 from model.config import num_mel_frames
 
 MAX_SPARE = 256
 """Tokens of the answer for which a sequence gets blocks ahead, while memory is plenty."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """Compute tokens [start, start + num_tokens) of a sequence in this step."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-    """Whether the step reaches the last token, so that a new one is sampled."""
-    block_copy: tuple[int, int] | None = None
-    """From block, to block, in all layers, before the step writes: the copied one is this sequence's to write."""
-    draft_token_ids: tuple[int, ...] = ()
-    """Those of the tokens that are guesses: the last ones, which the sequence does not have yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """The plan of one step."""
-
-    scheduled: tuple[ScheduledSequence, ...] = ()
-    """Those with one token first: the attention backends count on it."""
-    clips_to_encode: tuple[AudioClip, ...] = ()
-    evicted_clips: tuple[str, ...] = ()
-    """Content hashes whose embeddings the runner may free."""
-
-
-@dataclass(slots=True)
-class _Step:
-    """A plan in the making."""
-
-    tokens_left: int
-    frames_left: int
-    frame_cost: float = 0.0
-    scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
-    clips: list[AudioClip] = field(default_factory=list)
-
-    def cost(self, clip: AudioClip) -> int:
-        """Tokens of the budget that encoding the clip takes."""
-        return ceil(num_mel_frames(len(clip.samples)) * self.frame_cost)
 
 
 class Scheduler:
@@ -116,6 +77,8 @@ class Scheduler:
         self._num_steps = 0
         self._num_looked_up = 0
         self._num_found = 0
+        self._assumed: SchedulerOutput | None = None
+        """A plan without a result that `schedule` has counted as computed."""
 
     @property
     def has_work(self) -> bool:
@@ -163,24 +126,26 @@ class Scheduler:
             self._finish(sequence)
         return [sequence.sequence_id for sequence in ended]
 
-    def schedule(self) -> SchedulerOutput:
-        """Plan one step."""
-        decoding = [sequence for sequence in self.running if sequence.num_missing_tokens == 1]
-        step = _Step(self.max_num_batched_tokens, self.max_encoder_frames, self.frame_cost if decoding else 0.0)
-        self._lane.begin(step.scheduled)
-        prefilling = [sequence for sequence in self.running if sequence.num_missing_tokens > 1]
+    def schedule(self, in_flight: SchedulerOutput | None = None) -> SchedulerOutput:
+        """Plan one step; it may follow on one in flight, whose `update` must come before the next `schedule`."""
+        assert self._assumed is None, "one step at most is in flight"
+        if in_flight:
+            self._assume(in_flight)
+        ending = {one for one in self.running if one.num_pending_tokens and is_full(one, self.max_model_len)}
+        decoding = [one for one in self.running if one.num_missing_tokens == 1 and one not in ending]
+        prefilling = [one for one in self.running if one.num_missing_tokens > 1 and one not in ending]
+        step = PlanInProgress(
+            self.max_num_batched_tokens, self.max_encoder_frames, self.frame_cost if decoding else 0.0
+        )
+        self._lane.begin(step.scheduled, ending)
         for sequence in decoding + prefilling:
             if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
                 self._schedule_running(sequence, step)
         self._admit_waiting(step)
         if self.speculation.num_tokens:
             self._plan_drafts(step)
-        self._num_steps += 1
-        return SchedulerOutput(
-            scheduled=tuple(sorted(step.scheduled.values(), key=lambda item: item.num_tokens > 1)),
-            clips_to_encode=tuple(step.clips),
-            evicted_clips=self.encoder_cache.take_evicted(),
-        )
+        self._num_steps += bool(step.scheduled)
+        return step.finish(self.encoder_cache.take_evicted())
 
     def update(
         self,
@@ -190,22 +155,26 @@ class Scheduler:
     ) -> list[EngineOutput]:
         """Take the step's results in. `sampled` holds what each sequence of the plan that samples goes on with.
 
-        That is one token, and one more for each of its first drafts that came true.
+        That is one token, and one more for each of its first drafts that came true. Sequences that have ended since
+        the step was planned are passed over.
         """
+        is_assumed, self._assumed = plan is self._assumed, None
         outputs = []
+        for sequence in self._readers(failed_clips, with_choices=is_assumed):
+            outputs.append(fail(sequence, "the model could not encode this audio"))
+            self._finish(sequence)
         for item in plan.scheduled:
             sequence = item.sequence
-            if failed_clips and any(
-                clip.content_hash in failed_clips
-                for clip in sequence.clips_within(item.start, item.start + item.num_tokens)
-            ):
-                outputs.append(self._fail(sequence, "the model could not encode this audio"))
+            if sequence.status is SequenceStatus.FINISHED:
                 continue
+            sequence.num_pending_tokens = 0
             tokens = sampled.get(sequence.sequence_id)
             output = grow(sequence, tokens, self.max_model_len) if tokens else None
             num_rejected = self.speculation.count_rejected(len(item.draft_token_ids), output)
-            sequence.num_computed_tokens += item.num_tokens - num_rejected
-            self._release_clips(sequence, before=sequence.num_computed_tokens)
+            sequence.num_computed_tokens += 0 if is_assumed else item.num_tokens - num_rejected
+            if item.start < sequence.end_of_clips:
+                clips = sequence.request.clips
+                self.encoder_cache.release(clips, sequence.sequence_id, before=sequence.num_computed_tokens)
             if output:
                 if output.finish_reason is not FinishReason.ERROR:
                     self.blocks.publish(sequence, sequence.num_computed_tokens)
@@ -215,6 +184,16 @@ class Scheduler:
         for content_hash in failed_clips:
             self.encoder_cache.drop(content_hash)
         return outputs
+
+    def recompute_all(self) -> None:
+        """The steps in flight have failed: compute all that runs again, from what is known for sure."""
+        while self.running:
+            self._preempt(self.running[-1], PlanInProgress(0, 0))
+        for sequence in self.waiting:
+            self._reset(sequence)
+            sequence.num_pending_tokens = 0
+        self.encoder_cache.clear()
+        self._assumed = None
 
     def check_integrity(self) -> None:
         """Nothing is lost or held twice. Raises AssertionError."""
@@ -226,24 +205,43 @@ class Scheduler:
         assert all(self._choices.values()), "an ended request is remembered"
         assert not any(sequence.block_table for sequence in self.waiting), "a sequence that waits holds blocks"
 
-    def _schedule_running(self, sequence: Sequence, step: _Step) -> None:
+    def _assume(self, plan: SchedulerOutput) -> None:
+        """Count a plan in flight as computed."""
+        self._assumed = plan
+        for item in plan.scheduled:
+            assert not item.draft_token_ids, "how many drafts stand is known only from the result"
+            if _runs(item.sequence):
+                item.sequence.num_computed_tokens += item.num_tokens
+            if item.sequence.status is not SequenceStatus.FINISHED:
+                item.sequence.num_pending_tokens = int(item.samples)
+
+    def _readers(self, content_hashes: frozenset[str], *, with_choices: bool) -> list[Sequence]:
+        """Those that need one of these clips now; with the other choices, as they may share what was computed."""
+        ids = {holder for content_hash in content_hashes for holder in self.encoder_cache.holders(content_hash)}
+        requests = {request_id for request_id, _ in ids} if with_choices else set()
+        return [one for one in self.running if one.sequence_id in ids or one.request_id in requests]
+
+    def _schedule_running(self, sequence: Sequence, step: PlanInProgress) -> None:
         num_tokens = self._fit_chunk(sequence, step)
         if num_tokens == 0:
             return
-        while not self.blocks.can_allocate(sequence, sequence.num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim, step)
-            if victim is sequence:
-                return
-        self.blocks.allocate(sequence, sequence.num_tokens)
+        if sequence.num_tokens > len(sequence.block_table) * self.blocks.block_size:
+            while not self.blocks.can_allocate(sequence, sequence.num_tokens):
+                victim = self.running[-1]
+                self._preempt(victim, step)
+                if victim is sequence:
+                    return
+            self.blocks.allocate(sequence, sequence.num_tokens)
         self._plan(sequence, num_tokens, step)
 
-    def _admit_waiting(self, step: _Step) -> None:
+    def _admit_waiting(self, step: PlanInProgress) -> None:
         """Start waiting sequences until one does not fit, past those whose prompt another is computing."""
         computing: str | None = None
         place = 0  # in line: those before it are passed over
         while place < len(self.waiting) and len(self.running) < self.max_num_seqs and step.tokens_left:
             sequence = self.waiting[place]
+            if sequence.num_pending_tokens:  # preempted; to be computed again when all its tokens are known
+                return
             if sequence.request_id == computing or self._lane.is_closed_to(sequence):
                 place += 1
                 continue
@@ -256,7 +254,7 @@ class Scheduler:
             if not self._admit(sequence, donor, step):
                 return
 
-    def _admit(self, sequence: Sequence, donor: Sequence | None, step: _Step) -> bool:
+    def _admit(self, sequence: Sequence, donor: Sequence | None, step: PlanInProgress) -> bool:
         """Start a waiting sequence if it fits. -> whether it did."""
         num_found = 0 if donor and not sequence.num_output_tokens else self.blocks.reuse(sequence)
         sequence.num_computed_tokens = num_found
@@ -294,7 +292,7 @@ class Scheduler:
         sequence.num_computed_tokens = num_computed
         return donor.block_table[num_full] if rest else None
 
-    def _fit_chunk(self, sequence: Sequence, step: _Step) -> int:
+    def _fit_chunk(self, sequence: Sequence, step: PlanInProgress) -> int:
         """How many tokens fit the budgets of tokens and of mel frames. May be 0."""
         start = sequence.num_computed_tokens
         stop = start + min(sequence.num_missing_tokens, self._lane.limit(sequence, step.tokens_left))
@@ -318,11 +316,11 @@ class Scheduler:
         return stop - start
 
     def _plan(
-        self, sequence: Sequence, num_tokens: int, step: _Step, block_copy: tuple[int, int] | None = None
+        self, sequence: Sequence, num_tokens: int, step: PlanInProgress, block_copy: tuple[int, int] | None = None
     ) -> None:
         start = sequence.num_computed_tokens
         clips = sequence.clips_within(start, start + num_tokens)
-        for clip in sorted(clips, key=self.encoder_cache.has, reverse=True):  # hold before adding evicts
+        for clip in clips and sorted(clips, key=self.encoder_cache.has, reverse=True):  # hold before adding evicts
             if not self.encoder_cache.has(clip):
                 self.encoder_cache.add(clip)
                 step.clips.append(clip)
@@ -335,7 +333,7 @@ class Scheduler:
         item = ScheduledSequence(sequence, start, num_tokens, samples, block_copy)
         step.scheduled[sequence.sequence_id] = item
 
-    def _plan_drafts(self, step: _Step) -> None:
+    def _plan_drafts(self, step: PlanInProgress) -> None:
         """Let decoding sequences use what the step has left."""
         for key, item in step.scheduled.items():
             if item.samples and item.num_tokens == 1:
@@ -343,7 +341,7 @@ class Scheduler:
                 step.tokens_left -= len(drafts)
                 step.scheduled[key] = replace(item, num_tokens=1 + len(drafts), draft_token_ids=drafts)
 
-    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+    def _preempt(self, sequence: Sequence, step: PlanInProgress) -> None:
         """Send a running sequence back to its place in the queue; it will be computed again."""
         if item := step.scheduled.pop(sequence.sequence_id, None):
             step.tokens_left += item.num_tokens
@@ -356,12 +354,8 @@ class Scheduler:
     def _reset(self, sequence: Sequence) -> None:
         """Nothing of it is computed any more."""
         self.blocks.free(sequence)
-        self._release_clips(sequence)
+        self.encoder_cache.release(sequence.request.clips, sequence.sequence_id)
         sequence.num_computed_tokens = 0
-
-    def _fail(self, sequence: Sequence, error: str) -> EngineOutput:
-        self._finish(sequence)
-        return EngineOutput(sequence.request_id, finish_reason=FinishReason.ERROR, error=error, index=sequence.index)
 
     def _finish(self, sequence: Sequence) -> None:
         (self.running if _runs(sequence) else self.waiting).remove(sequence)
@@ -373,17 +367,6 @@ class Scheduler:
         if not choices:
             del self._choices[sequence.request_id]
 
-    def _release_clips(self, sequence: Sequence, before: int | None = None) -> None:
-        """Let go of the clips that end at or before position `before`; of all of them when None."""
-        clips = sequence.request.clips
-        inside = {
-            clip.content_hash for clip in clips if before and clip.offset < before < clip.offset + clip.num_tokens
-        }
-        for clip in clips:
-            ended = before is None or clip.offset + clip.num_tokens <= before
-            if ended and clip.content_hash not in inside:  # the same audio may come twice in one prompt
-                self.encoder_cache.release(clip, sequence.sequence_id)
-
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.rank
@@ -393,7 +376,7 @@ def _runs(sequence: Sequence) -> bool:
     return sequence.status is SequenceStatus.RUNNING
 
 
-def _has_prompt(sequence: Sequence, step: _Step) -> bool:
+def _has_prompt(sequence: Sequence, step: PlanInProgress) -> bool:
     """Whether another choice could begin with what the cache holds of it: all but the prompt's last token."""
     item = step.scheduled.get(sequence.sequence_id)
     is_copied = item is not None and item.block_copy is not None  # by this step: too late to be read

@@ -37,6 +37,8 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     """Prompt, then output."""
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    """1 while a step in flight samples a token of it: the token is counted, and not in `token_ids` yet."""
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Of its first blocks, as far as somebody asked: what they are found by (see prefix_cache)."""
@@ -45,9 +47,18 @@ class Sequence:
     num_cached_tokens: int = 0
     """Tokens of the prompt that the prefix cache had when its request was first admitted."""
     status: SequenceStatus = SequenceStatus.WAITING
+    sequence_id: SequenceId = field(init=False)
+    """Unique among all sequences in the engine: the key of whatever is kept for each of them."""
+    sampling: SamplingParams = field(init=False)
+    """How to choose its tokens."""
+    end_of_clips: int = field(init=False)
+    """The position after the last placeholder; 0 without clips."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.sampling = self.request.sampling
+        self.sequence_id = self.request.request_id, self.index
+        self.end_of_clips = max((clip.offset + clip.num_tokens for clip in self.request.clips), default=0)
 
     @property
     def request_id(self) -> str:
@@ -55,24 +66,14 @@ class Sequence:
         return self.request.request_id
 
     @property
-    def sequence_id(self) -> SequenceId:
-        """Unique among all sequences in the engine: the key of whatever is kept for each of them."""
-        return self.request.request_id, self.index
-
-    @property
     def rank(self) -> tuple[int, int, int]:
         """Place in line, the least first: by priority, then arrival, then choice."""
         return self.request.priority, self.arrival, self.index
 
     @property
-    def sampling(self) -> SamplingParams:
-        """How to choose its tokens."""
-        return self.request.sampling
-
-    @property
     def num_tokens(self) -> int:
         """Prompt and output so far."""
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -82,15 +83,17 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         """Tokens sampled so far."""
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) + self.num_pending_tokens - len(self.request.prompt_token_ids)
 
     @property
     def num_missing_tokens(self) -> int:
         """Tokens not yet in the cache; at least 1 between steps."""
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     def clips_within(self, start: int, stop: int) -> list[AudioClip]:
         """Clips with a placeholder in positions [start, stop), in order."""
+        if start >= self.end_of_clips:
+            return []
         return [clip for clip in self.request.clips if clip.offset < stop and start < clip.offset + clip.num_tokens]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.device import to_device
 from engine.sample_row import SampleRow
 
 
@@ -20,8 +21,8 @@ def verify(token_ids: Tensor, rows: list[SampleRow]) -> Tensor:
     if not any(lengths):
         return torch.ones_like(token_ids, dtype=torch.bool)
     device = token_ids.device
-    drafts = torch.tensor([row.draft_token_ids[-1] if row.draft_token_ids else -1 for row in rows], device=device)
-    num_drafts = torch.tensor(lengths, device=device)
+    drafts = to_device([row.draft_token_ids[-1] if row.draft_token_ids else -1 for row in rows], device)
+    num_drafts = to_device(lengths, device)
     num_wrong = ((token_ids.roll(1) != drafts) & (num_drafts > 0)).cumsum(0)
     first = torch.arange(len(rows), device=device) - num_drafts
     return num_wrong == num_wrong[first]

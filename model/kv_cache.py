@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -29,8 +27,10 @@ def allocate_kv_cache(
     return kv_cache
 
 
-def copy_blocks(kv_cache: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-    """Copy whole blocks, (from, to) each, in all layers: all are read before any is written. Targets differ."""
-    if pairs:
-        sources, targets = torch.tensor(pairs, device=kv_cache.device).T
-        kv_cache[:, :, targets] = kv_cache[:, :, sources]
+def copy_blocks(kv_cache: Tensor, pairs: Tensor) -> None:
+    """Copy whole blocks in all layers: all are read before any is written. pairs: int64 [K, 2], (from, to) each.
+
+    Targets differ.
+    """
+    sources, targets = pairs.unbind(1)
+    kv_cache[:, :, targets] = kv_cache[:, :, sources]

@@ -111,6 +111,7 @@ def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         encoder_cache_bytes=int(settings.encoder_cache_mb * 2**20),
         enable_prefix_caching=settings.enable_prefix_caching,
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
+        async_scheduling=settings.async_scheduling,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         num_speculative_tokens=settings.num_speculative_tokens,

@@ -37,6 +37,7 @@ TORCH_FREE_ENGINE = {
     "engine.input_batch",
     "engine.long_lane",
     "engine.messages",
+    "engine.plan",
     "engine.prefix_cache",
     "engine.prompt_lookup",
     "engine.sample_row",

@@ -23,7 +23,14 @@ def test_precedence(tmp_path: Path) -> None:
     assert load_settings([], {}) == Settings()
 
 
-def test_switches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_switches() -> None:
+    assert load_settings([], {}).async_scheduling is None
+    assert load_settings(["--async-scheduling"], {"TYMPAN_ASYNC_SCHEDULING": "false"}).async_scheduling is True
+    assert load_settings(["--no-async-scheduling"], {}).async_scheduling is False
+    assert load_settings([], {"TYMPAN_ASYNC_SCHEDULING": "false"}).async_scheduling is False
+
+
+def test_a_switch_by_flag_variable_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("enable-prefix-caching: false\n")
     off = {"TYMPAN_ENABLE_PREFIX_CACHING": "false"}

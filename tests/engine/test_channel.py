@@ -164,7 +164,7 @@ def test_an_end_that_goes_away_is_told(cut: int) -> None:
 
 def test_a_full_pipe_does_not_hold_up_the_event_loop() -> None:
     """An engine that takes nothing off the pipe: clips wait in a thread, the loop goes on, and nothing is lost."""
-    info = EngineInfo(256, 600, "cpu", "float32", "", "reference", "", 100, 16, 8, 0.0)
+    info = EngineInfo(256, 600, "cpu", "float32", "", "reference", "", 100, 16, 8, 64, "", 0.0)
     process = SimpleNamespace(kill=lambda: None, join=lambda timeout=None: None, exitcode=0, is_alive=lambda: False)
     num_requests = 8
 

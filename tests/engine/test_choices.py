@@ -14,7 +14,8 @@ from engine.client import InlineEngineClient
 from engine.core import EngineCore
 from engine.errors import RequestError
 from engine.messages import EngineArgs, EngineRequest, FinishReason, SequenceId
-from engine.scheduler import Scheduler, SchedulerOutput, _Step
+from engine.plan import PlanInProgress, SchedulerOutput
+from engine.scheduler import Scheduler
 from engine.sequence import choice_seed
 from tests.reference import Prompt, noise
 
@@ -97,7 +98,7 @@ def test_seeded_choices_after_preemptions(
         steps += 1
         if steps % 5 == 0:
             for sequence in scheduler.running[steps % 3 :: 2]:
-                scheduler._preempt(sequence, _Step(0, 0))
+                scheduler._preempt(sequence, PlanInProgress(0, 0))
         return schedule(scheduler)
 
     monkeypatch.setattr(Scheduler, "schedule", rude)

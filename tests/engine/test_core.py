@@ -11,7 +11,7 @@ from engine.core import MAX_FAILED_STEPS, EngineCore
 from engine.errors import RequestError
 from engine.messages import EngineArgs, FinishReason
 from engine.model_runner import StepResult
-from engine.scheduler import SchedulerOutput
+from engine.plan import SchedulerOutput
 from tests.reference import Prompt, noise
 
 POISON = 777

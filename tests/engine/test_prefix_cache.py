@@ -19,8 +19,9 @@ from engine.answer import SampledToken
 from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.messages import AudioClip, EngineArgs, EngineRequest, FinishReason, SequenceId
+from engine.plan import PlanInProgress
 from engine.prefix_cache import PrefixCache
-from engine.scheduler import Scheduler, _Step
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from tests.engine.test_scheduler import (
     POOL,
@@ -134,7 +135,7 @@ def test_a_sequence_finds_its_own_blocks_after_a_preemption() -> None:
     sequence = add(scheduler, request("a", [2, CLIP, 1], max_tokens=9))
     for _ in range(4):
         run(scheduler, runner)
-    scheduler._preempt(sequence, _Step(0, 0))
+    scheduler._preempt(sequence, PlanInProgress(0, 0))
     plan, (output,) = run(scheduler, runner)
     assert shape(plan) == {"a": (16, 2)}
     assert not plan.clips_to_encode
@@ -166,7 +167,7 @@ def test_a_fork_that_was_preempted_goes_on_from_its_own_output() -> None:
     for _ in range(6):
         run(scheduler, runner)
     assert second.num_tokens == 15
-    scheduler._preempt(second, _Step(0, 0))
+    scheduler._preempt(second, PlanInProgress(0, 0))
     plan, _ = run(scheduler, runner)
     assert [(item.start, item.num_tokens, item.block_copy) for item in plan.scheduled][1] == (12, 3, None)
 

@@ -61,7 +61,7 @@ def sample(
     sampler: Sampler, logits: Tensor, sequences: list[Sequence], masks: TokenMasks | None = None
 ) -> dict[SequenceId, SampledToken]:
     """The one token of each sequence, without drafts."""
-    sampled = sampler.sample(logits.clone(), [SampleRow(s) for s in sequences], masks)
+    sampled = sampler.sample(logits.clone(), [SampleRow(s) for s in sequences], masks).result()
     return {key: token for key, (token,) in sampled.items()}
 
 

@@ -22,9 +22,10 @@ from engine.answer import SampledToken
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
 from engine.messages import AudioClip, EngineOutput, EngineRequest, FinishReason, SamplingParams, SequenceId
+from engine.plan import PlanInProgress, ScheduledSequence, SchedulerOutput
 from engine.prefix_cache import PrefixCache
 from engine.prompt_lookup import PromptLookup
-from engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput, _Step
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus
 from engine.speculation import Speculation
 from model.config import num_audio_tokens, num_mel_frames
@@ -331,7 +332,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
         """Of any rank, as if memory had run out."""
-        self.scheduler._preempt(data.draw(st.sampled_from(self.scheduler.running)), _Step(0, 0))
+        self.scheduler._preempt(data.draw(st.sampled_from(self.scheduler.running)), PlanInProgress(0, 0))
 
     @rule(
         tokens=st.lists(st.sampled_from([STOP, 2, 3, 4, 6]), min_size=5, max_size=5),
@@ -725,7 +726,7 @@ def test_nobody_forks_from_a_block_that_this_very_step_copies() -> None:
     run(scheduler, runner)
     run(scheduler, runner)
     for choice in choices[:2]:
-        scheduler._preempt(choice, _Step(0, 0))
+        scheduler._preempt(choice, PlanInProgress(0, 0))
     plan, _ = run(scheduler, runner)
     copies = [item.block_copy for item in plan.scheduled if item.block_copy]
     assert [source for source, _ in copies] == [choices[2].block_table[2]] * 2

@@ -16,8 +16,9 @@ from engine.answer import SampledToken
 from engine.core import EngineCore
 from engine.errors import EngineStartError
 from engine.messages import EngineArgs, EngineOutput, EngineRequest, FinishReason, SequenceId
+from engine.plan import SchedulerOutput
 from engine.prompt_lookup import PromptLookup
-from engine.scheduler import Scheduler, SchedulerOutput
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from model.kv_cache import bytes_per_block
 from server.tokenizer import Tokenizer

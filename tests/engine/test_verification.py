@@ -49,7 +49,7 @@ def answer(language: Tensor, made: Sequence, length: int, drafter: Any = None) -
     while len(tokens) < length:
         rows = rows_of(made, drafter(made) if drafter else ())
         logits = torch.stack([next_logits(language, row) for row in rows])
-        new = sampler.sample(logits, rows)[made.sequence_id]
+        new = sampler.sample(logits, rows).result()[made.sequence_id]
         tokens += new
         made.token_ids += [token.token_id for token in new]
         num_steps += 1
@@ -107,7 +107,7 @@ def test_what_comes_out_of_drafts_follows_the_true_distribution(params: dict[str
     likely = int(language[PROMPT[-1]].argmax())
     drafts = (likely, int(language[likely].argmax()))
     rows = [row for one in made for row in rows_of(one, drafts)]
-    sampled = Sampler(1, V, CPU).sample(torch.stack([next_logits(language, row) for row in rows]), rows)
+    sampled = Sampler(1, V, CPU).sample(torch.stack([next_logits(language, row) for row in rows]), rows).result()
     answers = [[token.token_id for token in sampled[one.sequence_id]] for one in made]
     assert {len(tokens) for tokens in answers} == {1, 2, 3}
     for place, last in enumerate((PROMPT[-1], *drafts)):
@@ -163,7 +163,7 @@ def test_logits_that_are_no_numbers_fail_the_answer_only_where_it_goes() -> None
     logits[2] = float("nan")
     for drafts, failed in (((7, 7), True), ((7, 6), False)):
         made = sequence(temperature=0.0)
-        tokens = Sampler(1, V, CPU).sample(logits.clone(), rows_of(made, drafts))[made.sequence_id]
+        tokens = Sampler(1, V, CPU).sample(logits.clone(), rows_of(made, drafts)).result()[made.sequence_id]
         assert [token.token_id for token in tokens[:2]] == [7, 7]
         assert any(token.error for token in tokens) == failed
 
@@ -173,7 +173,7 @@ def test_penalties_count_a_draft_only_once_it_stands() -> None:
     sampler = Sampler(1, V, CPU)
     logits = torch.zeros(1, V)
     logits[0, [4, 6]] = torch.tensor([5.0, 4.5])
-    first = sampler.sample(logits.expand(3, -1).clone(), rows_of(made, (4, 9)))[made.sequence_id]
+    first = sampler.sample(logits.expand(3, -1).clone(), rows_of(made, (4, 9))).result()[made.sequence_id]
     assert [token.token_id for token in first] == [4, 6]  # 9 was wrong: it leaves no trace
     made.token_ids += [4, 6]
     counts = sampler.penalties.output_counts(sampler.penalties.rows([made]), [()])[0]
