@@ -124,6 +124,13 @@ class Settings(BaseModel):
         True,
         "keep what is computed of prompts and answers, while there is room, for prompts that begin alike",
     )
+    prefix_cache_mb: float | None = _setting(
+        "engine",
+        None,
+        "of that, the most that is kept while nobody uses it, in MiB; default: 256 on a CPU, where memory is taken "
+        "only when it is used, all of the KV cache on a GPU",
+        ge=0,
+    )
     encoder_cache_mb: float = _setting(
         "engine", 128, "memory for encoded clips, in MiB; at least one clip is kept while it is needed", ge=0
     )

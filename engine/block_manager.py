@@ -6,7 +6,7 @@ written while it has two holders. Block 0 is never given out: padding points at 
 
 With a prefix cache, a block whose contents may be asked for again stays in it when its last holder goes. It is free
 all the same: it is given out when no empty one is left, the longest unused first, and of one sequence the tail
-before the head.
+before the head. Where untouched memory costs nothing (a CPU), fewer are kept than there are.
 
 Any block serves, but consecutive ones serve better: a CPU then attends over the cache in place instead of gathering
 (see model/attention/reference.py). So a sequence gets a run of blocks where there is one, some spare blocks to grow
@@ -32,11 +32,21 @@ PLENTY = 0.5
 class BlockManager:
     """Gives blocks to sequences and takes them back. With its prefix cache the only writer of their block fields."""
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_cache: PrefixCache | None = None) -> None:
-        """num_blocks includes the null block. Without a prefix cache nothing is found again."""
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_cache: PrefixCache | None = None,
+        max_kept_blocks: int | None = None,
+    ) -> None:
+        """num_blocks includes the null block. Without a prefix cache nothing is found again.
+
+        max_kept_blocks: how many cached blocks that nobody holds are kept at most; None: all of them.
+        """
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._prefix_cache = prefix_cache
+        self.max_kept_blocks = num_blocks if max_kept_blocks is None else max_kept_blocks
         self._num_holders = np.zeros(num_blocks, dtype=np.int32)
         self._num_holders[NULL_BLOCK] = 1
         self._num_free = num_blocks - 1
@@ -116,6 +126,7 @@ class BlockManager:
             left = [block for block in reversed(freed.tolist()) if block in self._prefix_cache]
             self._last_used[left] = np.arange(self._num_left, self._num_left + len(left))
             self._num_left += len(left)
+            self._drop_excess()
         sequence.block_table.clear()
         sequence.num_published_blocks = 0
 
@@ -140,6 +151,7 @@ class BlockManager:
                 assert not any(block in self._prefix_cache for block in to_write), "a cached block will be written"
         if self._prefix_cache is not None:
             self._prefix_cache.check_integrity()
+            assert np.count_nonzero((counted == 0) & (self._last_used >= 0)) <= self.max_kept_blocks
         for block in np.flatnonzero(counted == 0).tolist():
             is_cached = self._prefix_cache is not None and block in self._prefix_cache
             assert (self._last_used[block] >= 0) == is_cached, "a block is taken for empty or cached and is not"
@@ -161,6 +173,13 @@ class BlockManager:
             run.sort()
         chosen: list[int] = run.tolist()
         return chosen
+
+    def _drop_excess(self) -> None:
+        """Of the cached blocks that nobody holds, keep the youngest."""
+        kept = np.flatnonzero((self._num_holders == 0) & (self._last_used >= 0))
+        if (excess := len(kept) - self.max_kept_blocks) > 0:
+            oldest = np.argpartition(self._last_used[kept], excess - 1)[:excess]
+            self._evict(kept[oldest].tolist())
 
     def _evict(self, blocks: list[int]) -> None:
         """They will hold something else."""

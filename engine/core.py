@@ -23,7 +23,7 @@ from engine.device import resolve_device, resolve_dtype, resolve_token_budget
 from engine.encoder_cache import EncoderCache
 from engine.errors import EngineStartError, RequestError
 from engine.guidance import Guidance
-from engine.memory import num_kv_blocks
+from engine.memory import max_kept_blocks, num_kv_blocks
 from engine.messages import (
     EngineArgs,
     EngineInfo,
@@ -319,15 +319,18 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
     )
     runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
-    return EngineCore(runner, _scheduler(args, config, info, dtype), info, args.seed)
+    kept = max_kept_blocks(args, model, block_size)
+    return EngineCore(runner, _scheduler(args, config, info, dtype, kept), info, args.seed)
 
 
-def _scheduler(args: EngineArgs, config: Qwen2AudioConfig, info: EngineInfo, dtype: torch.dtype) -> Scheduler:
+def _scheduler(
+    args: EngineArgs, config: Qwen2AudioConfig, info: EngineInfo, dtype: torch.dtype, max_kept: int | None
+) -> Scheduler:
     row_bytes = config.text.hidden_size * dtype.itemsize
     clip_bytes = num_audio_tokens(MAX_AUDIO_SAMPLES) * row_bytes
     prefix_cache = PrefixCache(info.block_size) if args.enable_prefix_caching else None
     return Scheduler(
-        BlockManager(info.num_blocks, info.block_size, prefix_cache),
+        BlockManager(info.num_blocks, info.block_size, prefix_cache, max_kept),
         EncoderCache(max(args.encoder_cache_bytes, clip_bytes), row_bytes),
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,

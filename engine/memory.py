@@ -15,6 +15,20 @@ CPU_KV_BYTES = 2 << 30
 """Default budget on a CPU. Pages are touched only when they are first used."""
 
 
+CPU_KEPT_BYTES = 256 << 20
+"""Of the KV cache, on a CPU: what nobody uses is kept up to here rather than until all pages have been touched."""
+
+
+def max_kept_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int | None:
+    """How many computed blocks that nobody uses stay cached; None: all."""
+    kept = args.prefix_cache_bytes
+    if kept is None:
+        if model.device.type == "cuda":
+            return None
+        kept = CPU_KEPT_BYTES
+    return kept // bytes_per_block(model.config.text, block_size, model.kv_cache_dtype)
+
+
 def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len: int) -> int:
     """Blocks to allocate, the null block included. Raises EngineStartError when one full context does not fit."""
     block_bytes = bytes_per_block(model.config.text, block_size, model.kv_cache_dtype)

@@ -110,6 +110,7 @@ def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         encoder_cache_bytes=int(settings.encoder_cache_mb * 2**20),
         enable_prefix_caching=settings.enable_prefix_caching,
+        prefix_cache_bytes=None if settings.prefix_cache_mb is None else int(settings.prefix_cache_mb * 2**20),
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
         async_scheduling=settings.async_scheduling,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,

@@ -184,6 +184,17 @@ def test_cached_blocks_are_free_blocks() -> None:
     assert scheduler.stats.num_preemptions == 0
 
 
+def test_no_more_than_the_bound_is_kept_and_the_youngest_stays() -> None:
+    scheduler, runner = roomy(block_size=2, max_kept=4)
+    for name, length in (("old", 7), ("young", 9)):
+        add(scheduler, request(name, [length], salt=name, max_tokens=1))
+        finish(scheduler, runner)
+        scheduler.check_integrity()
+    for name, length, found in (("young", 9, 8), ("old", 7, 0)):
+        add(scheduler, request(f"{name} again", [length], salt=name, max_tokens=1))
+        assert shape(run(scheduler, runner)[0]) == {f"{name} again": (found, length - found)}
+
+
 def test_off_means_off() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=64)
     runner = FakeRunner(scheduler)

@@ -94,7 +94,8 @@ def make_scheduler(
         "max_model_len": 40,
     } | changes  # fmt: skip
     size = sizes.pop("block_size")
-    blocks = BlockManager(sizes.pop("num_blocks"), size, PrefixCache(size) if caches else None)
+    cache = PrefixCache(size) if caches else None
+    blocks = BlockManager(sizes.pop("num_blocks"), size, cache, sizes.pop("max_kept", None))
     speculation = Speculation(lookup or RandomLookup(), num_drafts, sizes["max_model_len"])
     encoder_cache = EncoderCache(sizes.pop("capacity") * ROW_BYTES, ROW_BYTES)
     return Scheduler(blocks, encoder_cache, **sizes, speculation=speculation)
@@ -235,6 +236,7 @@ class Machine(RuleBasedStateMachine):
         capacity=st.integers(LARGEST.num_tokens, 2 * LARGEST.num_tokens),
         extra_frames=st.integers(0, 60),
         caches=st.booleans(),
+        max_kept=st.none() | st.integers(0, 6),
         roomy=st.booleans(),
         frame_cost=st.sampled_from([0.0, 0.1, 0.7]),
         num_drafts=st.integers(0, 5),
@@ -250,6 +252,7 @@ class Machine(RuleBasedStateMachine):
         capacity: int,
         extra_frames: int,
         caches: bool,
+        max_kept: int | None,
         roomy: bool,
         frame_cost: float,
         num_drafts: int,
@@ -260,6 +263,7 @@ class Machine(RuleBasedStateMachine):
             self.lookup,
             num_drafts,
             caches=caches,
+            max_kept=None if roomy else max_kept,
             num_blocks=2000 if roomy else 1 + context_blocks + extra_blocks,
             block_size=block_size,
             capacity=capacity,
