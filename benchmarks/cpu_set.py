@@ -35,8 +35,13 @@ class Part:
 
 
 PARTS = (
-    Part("compare", "compare", 480),
+    Part("compare", "compare", 520),
     Part("long_file", "long_file --minutes 3", 60),
+    Part("conversation", "conversation --conversations 2", 60),
+    Part("speculation", "speculation speech --min 1", 60),
+    Part("front", "front health --seconds 20", 60),
+    Part("host_time", "host_time --steps 100", 40),
+    Part("simulation", "simulator check", 100),
 )
 
 
