@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from engine import channel
 from engine.core import EngineCore
@@ -36,7 +37,7 @@ def main(args: EngineArgs, connection: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         if resolve_device(args.device).type == "cpu":
-            os.nice(CPU_NICENESS)  # before torch has threads: each has a priority of its own
+            _lower_priority()
         core = EngineCore.build(args, progress=_report)
     except EngineStartError as error:
         channel.send(connection, EngineFailed(str(error)))
@@ -54,6 +55,14 @@ def main(args: EngineArgs, connection: Connection) -> None:
         logger.exception("the engine cannot go on")
         channel.send(connection, EngineFailed(f"{type(error).__name__} in the engine; its log has the details"))
         sys.exit(1)
+
+
+def _lower_priority() -> None:
+    """Of this thread, so of all that it will start, and on Linux of those that libraries have started already."""
+    priority = os.nice(CPU_NICENESS)
+    threads = Path("/proc/self/task")
+    for thread in threads.iterdir() if threads.exists() else ():
+        os.setpriority(os.PRIO_PROCESS, int(thread.name), priority)
 
 
 def _read(connection: Connection, inbox: Inbox) -> None:
