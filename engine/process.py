@@ -6,6 +6,7 @@ waits for one while it has work; when the pipe closes, the parent is gone and th
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -44,6 +45,7 @@ def main(args: EngineArgs, connection: Connection) -> None:
         sys.exit(1)
     gc.collect()
     gc.freeze()  # torch and the model: a full collection would walk them in the middle of a step
+    _return_free_memory()
     channel.send(connection, core.info)
     inbox: Inbox = Inbox()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="reader").start()
@@ -63,6 +65,13 @@ def _lower_priority() -> None:
     threads = Path("/proc/self/task")
     for thread in threads.iterdir() if threads.exists() else ():
         os.setpriority(os.PRIO_PROCESS, int(thread.name), priority)
+
+
+def _return_free_memory() -> None:
+    """What loading has left: glibc is told to keep what is freed (engine/environment.py), and weights are large."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _read(connection: Connection, inbox: Inbox) -> None:
