@@ -127,8 +127,8 @@ class Settings(BaseModel):
     prefix_cache_mb: float | None = _setting(
         "engine",
         None,
-        "of that, the most that is kept while nobody uses it, in MiB; default: 256 on a CPU, where memory is taken "
-        "only when it is used, all of the KV cache on a GPU",
+        "of that, the most that is kept while nobody uses it, in MiB; default: on a CPU, where memory is taken only "
+        "when it is used, 128 or one whole context, on a GPU all of the KV cache",
         ge=0,
     )
     encoder_cache_mb: float = _setting(

@@ -319,7 +319,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
     )
     runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
-    kept = max_kept_blocks(args, model, block_size)
+    kept = max_kept_blocks(args, model, block_size, max_model_len)
     return EngineCore(runner, _scheduler(args, config, info, dtype, kept), info, args.seed)
 
 

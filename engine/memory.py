@@ -15,18 +15,19 @@ CPU_KV_BYTES = 2 << 30
 """Default budget on a CPU. Pages are touched only when they are first used."""
 
 
-CPU_KEPT_BYTES = 256 << 20
-"""Of the KV cache, on a CPU: what nobody uses is kept up to here rather than until all pages have been touched."""
+CPU_KEPT_BYTES = 128 << 20
+"""Of the KV cache, on a CPU: what nobody uses is kept up to here, or one whole context if that is more, rather than
+until all pages have been touched."""
 
 
-def max_kept_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int | None:
+def max_kept_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len: int) -> int | None:
     """How many computed blocks that nobody uses stay cached; None: all."""
-    kept = args.prefix_cache_bytes
-    if kept is None:
-        if model.device.type == "cuda":
-            return None
-        kept = CPU_KEPT_BYTES
-    return kept // bytes_per_block(model.config.text, block_size, model.kv_cache_dtype)
+    block_bytes = bytes_per_block(model.config.text, block_size, model.kv_cache_dtype)
+    if args.prefix_cache_bytes is not None:
+        return args.prefix_cache_bytes // block_bytes
+    if model.device.type == "cuda":
+        return None
+    return max(CPU_KEPT_BYTES // block_bytes, -(-max_model_len // block_size))
 
 
 def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len: int) -> int:

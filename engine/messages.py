@@ -218,7 +218,7 @@ class EngineArgs:
     """For embeddings of clips that stay on the device; at least one whole clip's are kept."""
     enable_prefix_caching: bool = True
     prefix_cache_bytes: int | None = None
-    """Of computed blocks that nobody uses; None: 256 MiB on a CPU, all of the KV cache on CUDA."""
+    """Of computed blocks that nobody uses; None: see engine/memory.py."""
     kv_cache_memory_bytes: int | None = None
     """None: from `gpu_memory_utilization` on CUDA, 2 GiB at most on a CPU."""
     gpu_memory_utilization: float = 0.92
