@@ -110,7 +110,7 @@ def widen(bits: Any) -> Any:
 
 def as_float32(value: Any) -> Any:
     """A float32 as it is, a bfloat16 (an int16 of its bits) widened. For compiled code."""
-    raise TypeError("as_float32 is for compiled code")
+    raise TypeError(f"{value!r}: as_float32 is for compiled code")
 
 
 @overload(as_float32, inline="always")
