@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.messages import SequenceId
 from engine.plan import ScheduledSequence, SchedulerOutput
 
-Int64Array = NDArray[np.int64]
+Int32Array = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +31,19 @@ class AudioRows:
 class InputBatch:
     """T tokens of B sequences, decodes first."""
 
-    packed: Int64Array
+    packed: Int32Array
     """token_ids, positions, slot_mapping, seq_lens, query starts [B + 1], block_table, end to end."""
-    token_ids: Int64Array
+    token_ids: Int32Array
     """[T]: 0 where the token is pending."""
-    positions: Int64Array
+    positions: Int32Array
     """[T]"""
-    slot_mapping: Int64Array
+    slot_mapping: Int32Array
     """[T]: block * block_size + offset."""
-    block_table: Int64Array
+    block_table: Int32Array
     """[B, M]: rows padded with the null block."""
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
-    query_starts: Int64Array
+    query_starts: Int32Array
     """[B + 1]: the first row of each sequence, and the end."""
     num_decodes: int
     first_blocks: tuple[int | None, ...]
@@ -58,22 +58,22 @@ class InputBatch:
 def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
     """Lay the scheduled tokens end to end."""
     items = plan.scheduled
-    lens = np.array([item.num_tokens for item in items])
-    starts = np.array([item.start for item in items])
+    lens = np.array([item.num_tokens for item in items], dtype=np.int32)
+    starts = np.array([item.start for item in items], dtype=np.int32)
     tables = [item.sequence.block_table for item in items]
     table_lens = np.array([len(table) for table in tables])
-    ends = lens.cumsum()
+    ends = lens.cumsum(dtype=np.int32)
     num_tokens, num_rows, width = int(ends[-1]), len(items), int(table_lens.max())
-    packed = np.zeros(3 * num_tokens + num_rows * (2 + width) + 1, dtype=np.int64)
+    packed = np.zeros(3 * num_tokens + num_rows * (2 + width) + 1, dtype=np.int32)
     token_ids, positions, slot_mapping = packed[: 3 * num_tokens].reshape(3, num_tokens)
     seq_lens, query_starts, block_table = np.split(packed[3 * num_tokens :], [num_rows, 2 * num_rows + 1])
     block_table = block_table.reshape(num_rows, width)
 
     np.add(starts, lens, out=seq_lens)
     query_starts[1:] = ends
-    block_table[np.arange(width) < table_lens[:, None]] = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
-    rows = np.repeat(np.arange(num_rows), lens)
-    np.subtract(np.arange(num_tokens), (ends - lens - starts)[rows], out=positions)
+    block_table[np.arange(width) < table_lens[:, None]] = np.fromiter(chain.from_iterable(tables), dtype=np.int32)
+    rows = np.repeat(np.arange(num_rows, dtype=np.int32), lens)
+    np.subtract(np.arange(num_tokens, dtype=np.int32), (ends - lens - starts)[rows], out=positions)
     blocks, offsets = np.divmod(positions, block_size)
     np.add(block_table[rows, blocks] * block_size, offsets, out=slot_mapping)
     last_rows = tuple((ends - 1).tolist())
@@ -115,7 +115,7 @@ def _token_ids(items: tuple[ScheduledSequence, ...]) -> list[int]:
     return token_ids
 
 
-def _first_blocks(block_table: Int64Array, num_used: Int64Array) -> tuple[int | None, ...]:
+def _first_blocks(block_table: Int32Array, num_used: Int32Array) -> tuple[int | None, ...]:
     """The first block of each row if those in use follow each other, else None."""
     places = np.arange(block_table.shape[1])
     in_place = (block_table == block_table[:, :1] + places) | (places >= num_used[:, None])
@@ -123,7 +123,7 @@ def _first_blocks(block_table: Int64Array, num_used: Int64Array) -> tuple[int | 
     return tuple(first if is_run else None for first, is_run in firsts)
 
 
-def _audio_rows(items: tuple[ScheduledSequence, ...], ends: Int64Array) -> list[AudioRows]:
+def _audio_rows(items: tuple[ScheduledSequence, ...], ends: Int32Array) -> list[AudioRows]:
     rows = []
     for item, end in zip(items, ends.tolist(), strict=True):
         shift = end - item.num_tokens - item.start  # from a position of the sequence to a packed row

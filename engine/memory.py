@@ -71,16 +71,16 @@ def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> N
     num_tokens = args.max_num_batched_tokens
     assert num_tokens is not None, "it is resolved when the device is known"
     num_blocks = -(-num_tokens // block_size)
-    positions = torch.arange(num_tokens, device=device)
+    positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
     metadata = AttentionMetadata(
         query_lens=(num_tokens,),
         seq_lens=(num_tokens,),
         num_decodes=0,
         first_blocks=(0,),
-        block_table=torch.arange(num_blocks, device=device)[None],
+        block_table=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
         slot_mapping=positions,
-        seq_lens_device=torch.tensor([num_tokens], device=device),
-        query_starts=torch.tensor([0, num_tokens], device=device),
+        seq_lens_device=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+        query_starts=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
     )
     kv_cache = allocate_kv_cache(model.config.text, num_blocks, block_size, model.kv_cache_dtype, device)
     hidden = model(model.embed(torch.zeros_like(positions)), positions, kv_cache, metadata)

@@ -149,7 +149,7 @@ class ModelRunner:
             assert before.sampled is not None
             rows = [(row, before.sampled.row_of[sequence_id]) for row, sequence_id in batch.pending]
             targets, sources = to_device(rows, self.device).unbind(1)
-            token_ids[targets] = before.sampled.token_ids[sources]
+            token_ids[targets] = before.sampled.token_ids[sources].int()
         hidden = self.model.embed(token_ids)
         for clip in batch.audio_rows:
             if (rows_of_clip := self._clips.get(clip.content_hash)) is not None:

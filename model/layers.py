@@ -59,7 +59,7 @@ class RotaryEmbedding(nn.Module):
         self._inv_freq = 1.0 / theta**exponent  # no buffer: it is never stored, nor cast with the weights
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Angles once per step for all layers. positions: int64 [T] -> cos, sin: [T, 1, D/2].
+        """Angles once per step for all layers. positions: int32 [T] -> cos, sin: [T, 1, D/2].
 
         Computed in float32 and then cast, as in the reference.
         """

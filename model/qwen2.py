@@ -6,12 +6,11 @@ together (`qkv_proj`, `gate_up_proj`); the loader knows how the published tensor
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionMetadata
 from model.config import TextConfig
-from model.layers import RMSNorm, RotaryEmbedding, SwiGlu, apply_rotary
+from model.layers import RMSNorm, RotaryEmbedding, SwiGlu
 from model.linear import Linear
 
 
@@ -26,7 +25,7 @@ class Qwen2Decoder(nn.Module):
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
 
     def forward(self, hidden: Tensor, positions: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """hidden: [T, C], positions: int64 [T], kv: [L, 2, N, P, Hkv, D] -> [T, C]."""
+        """hidden: [T, C], positions: int32 [T], kv: [L, 2, N, P, Hkv, D] -> [T, C]."""
         cos, sin = self.rotary.tables(positions, hidden.dtype)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, kv[index], metadata)
@@ -56,21 +55,18 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         self.backend = backend
-        self.qkv_proj = Linear(config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
-        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, (num_heads + 2 * num_kv_heads) * self.head_dim)
+        self.o_proj = Linear(num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
         """x, residual: [T, C] -> [T, C], the residual added."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
-        turning, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        query, key = torch.split(apply_rotary(turning, cos, sin), [self.num_heads, self.num_kv_heads], dim=1)
-        out = self.backend.decode(query, key, value, kv_layer, metadata)
+        out = self.backend.decode(heads, cos, sin, kv_layer, metadata)
         return self.o_proj(out.flatten(1), residual)
 
 

@@ -53,11 +53,11 @@ class Qwen2Audio(nn.Module):
         return self.projector(hidden).split(num_tokens)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """token_ids: int64 [T] -> [T, C]."""
+        """token_ids: int32 [T] -> [T, C]."""
         return self.decoder.embed_tokens(token_ids)
 
     def forward(self, hidden: Tensor, positions: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """hidden: [T, C], positions: int64 [T], kv: [L, 2, N, P, Hkv, D] -> normalised hidden [T, C]."""
+        """hidden: [T, C], positions: int32 [T], kv: [L, 2, N, P, Hkv, D] -> normalised hidden [T, C]."""
         return self.decoder(hidden, positions, kv, metadata)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

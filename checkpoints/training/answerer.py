@@ -32,7 +32,7 @@ class Answerer:
         text = self.config.text
         shape = (text.num_hidden_layers, 2, MAX_TOKENS // BLOCK, BLOCK, text.num_key_value_heads, text.head_dim)
         self._kv = torch.zeros(shape)
-        self._blocks = torch.arange(MAX_TOKENS // BLOCK)[None]
+        self._blocks = torch.arange(MAX_TOKENS // BLOCK, dtype=torch.int32)[None]
 
     def chat(self, messages: Sequence[dict[str, Any]], clips: Sequence[np.ndarray] = ()) -> str:
         """The answer to chat messages whose audio parts are `clips`, in order."""
@@ -62,7 +62,7 @@ class Answerer:
 
     def _step(self, hidden: Tensor, start: int, stop: int) -> Tensor:
         """Logits [V] behind the last of positions start..stop, whose embeddings are `hidden` [T, C]."""
-        positions = torch.arange(start, stop)
+        positions = torch.arange(start, stop, dtype=torch.int32)
         metadata = AttentionMetadata(
             query_lens=(stop - start,),
             seq_lens=(stop,),
@@ -70,6 +70,7 @@ class Answerer:
             first_blocks=(0,),
             block_table=self._blocks,
             slot_mapping=positions,
-            seq_lens_device=torch.tensor([stop]),
+            seq_lens_device=torch.tensor([stop], dtype=torch.int32),
+            query_starts=torch.tensor([0, stop - start], dtype=torch.int32),
         )
         return self.model.compute_logits(self.model(hidden, positions, self._kv, metadata)[-1:])[0]

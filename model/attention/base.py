@@ -28,13 +28,13 @@ class AttentionMetadata:
     first_blocks: tuple[int | None, ...]
     """The first block of each sequence whose blocks are consecutive, so that they can be used in place."""
     block_table: Tensor
-    """int64 [B, M]: the blocks of each sequence; entries past its length are 0."""
+    """int32 [B, M]: the blocks of each sequence; entries past its length are 0."""
     slot_mapping: Tensor
-    """int64 [T]: block * P + offset, where each token's key and value go."""
+    """int32 [T]: block * P + offset, where each token's key and value go."""
     seq_lens_device: Tensor
-    """int64 [B]: `seq_lens` on the device."""
+    """int32 [B]: `seq_lens` on the device."""
     query_starts: Tensor
-    """int64 [B + 1]: where each sequence's tokens begin, and T; on the device."""
+    """int32 [B + 1]: where each sequence's tokens begin, and T; on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,12 @@ class AttentionBackend(Protocol):
         ...
 
     def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self, heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
-        """Write this step's keys and values to the cache, then attend.
+        """Turn queries and keys by their positions, write this step's keys and values to the cache, then attend.
 
-        query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D].
+        heads: [T, H + 2 Hkv, D], the queries, the keys, the values; cos, sin: [T, 1, D / 2];
+        kv_layer: [2, N, P, Hkv, D] -> [T, H, D].
         """
         ...
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.attention.base import AttentionMetadata
 from model.attention.paged_cpu import PagedAttention
-from model.attention.reference import ReferenceBackend, write_kv
+from model.attention.reference import ReferenceBackend, rotate, write_kv
 
 MAX_QUERIES = 16
 """Of a sequence, for the kernel: it reads all keys again for each."""
@@ -36,11 +36,12 @@ class CpuBackend(ReferenceBackend):
         return super().kv_cache_dtype(weights, device) if weights == torch.float16 else weights
 
     def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self, heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
-        """query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D]."""
-        if query.dtype == torch.float16:
-            return super().decode(query, key, value, kv_layer, metadata)
+        """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D]."""
+        if heads.dtype == torch.float16:
+            return super().decode(heads, cos, sin, kv_layer, metadata)
+        query, key, value = rotate(heads, cos, sin, kv_layer.shape[3])
         query_lens = metadata.query_lens
         num_short = next((row for row, length in enumerate(query_lens) if length > MAX_QUERIES), len(query_lens))
         num_tokens = sum(query_lens[:num_short])

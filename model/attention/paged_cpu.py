@@ -111,10 +111,10 @@ def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
         value = carray(pointer(a.value), a.num_tokens * a.value_stride, kind)
         out = carray(pointer(a.out), (a.num_tokens, a.num_heads * head_dim), kind)
         keys_values = carray(pointer(a.kv_layer), (2, a.num_blocks * block_size * kv_width), kind)
-        slot_mapping = carray(pointer(a.slot_mapping), a.num_tokens, np.int64)
-        block_table = carray(pointer(a.block_table), (a.num_sequences, a.blocks_per_sequence), np.int64)
-        query_starts = carray(pointer(a.query_starts), a.num_sequences + 1, np.int64)
-        seq_lens = carray(pointer(a.seq_lens), a.num_sequences, np.int64)
+        slot_mapping = carray(pointer(a.slot_mapping), a.num_tokens, np.int32)
+        block_table = carray(pointer(a.block_table), (a.num_sequences, a.blocks_per_sequence), np.int32)
+        query_starts = carray(pointer(a.query_starts), a.num_sequences + 1, np.int32)
+        seq_lens = carray(pointer(a.seq_lens), a.num_sequences, np.int32)
         heads, kv_heads = a.num_heads // a.num_groups, a.num_kv_heads // a.num_groups
         width, width_kv = heads * head_dim, kv_heads * head_dim
         share = heads // kv_heads
@@ -130,7 +130,7 @@ def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
             first, shift = group * width, group * width_kv
             blocks = block_table[row]
             for token in range(query_starts[row], query_starts[row + 1]):
-                slot = slot_mapping[token] * kv_width + shift
+                slot = np.int64(slot_mapping[token]) * kv_width + shift
                 for i in range(width_kv):
                     keys_values[0, slot + i] = key[token * a.key_stride + shift + i]
                     keys_values[1, slot + i] = value[token * a.value_stride + shift + i]
@@ -162,7 +162,7 @@ def _score(
 ) -> None:
     """scores[head, i] = query[head] . keys[i]."""
     for i in range(length):
-        token = (blocks[i // block_size] * block_size + i % block_size) * width + shift
+        token = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
         for head in range(scores.shape[0]):
             start = token + head // group * head_dim
             key = keys[start : start + head_dim]
@@ -189,7 +189,7 @@ def _sum(
     """out[head] = sum over i of weights[head, i] values[i]."""
     out[:] = 0
     for i in range(length):
-        token = (blocks[i // block_size] * block_size + i % block_size) * width + shift
+        token = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
         for head in range(weights.shape[0]):
             start = token + head // group * head_dim
             value = values[start : start + head_dim]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata, EncoderMetadata
+from model.layers import apply_rotary
 
 
 class ReferenceBackend:
@@ -29,9 +30,10 @@ class ReferenceBackend:
         return torch.float32 if device.type == "cpu" else weights
 
     def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self, heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
-        """query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D], of any precision -> [T, H, D]."""
+        """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2]; kv_layer: [2, N, P, Hkv, D], any dtype -> [T, H, D]."""
+        query, key, value = rotate(heads, cos, sin, kv_layer.shape[3])
         write_kv(key, value, kv_layer, metadata.slot_mapping)
         out = torch.empty_like(query)
         self._attend_sequences(query, key, value, kv_layer, metadata, out)
@@ -93,8 +95,17 @@ class ReferenceBackend:
         return keys.flatten(0, 1)[:length], values.flatten(0, 1)[:length]
 
 
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2] -> query [T, H, D], key and value [T, Hkv, D]."""
+    turning, value = heads.split((heads.shape[1] - num_kv_heads, num_kv_heads), dim=1)
+    turned = apply_rotary(turning, cos, sin)
+    query, key = turned.split((turned.shape[1] - num_kv_heads, num_kv_heads), dim=1)
+    return query, key, value
+
+
 def write_kv(key: Tensor, value: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
     """Put this step's keys and values where they belong. key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D]."""
     slots = kv_layer.flatten(1, 2)
-    slots[0].index_copy_(0, slot_mapping, key.to(slots.dtype))
-    slots[1].index_copy_(0, slot_mapping, value.to(slots.dtype))
+    places = slot_mapping.long()  # index_copy_ takes no int32
+    slots[0].index_copy_(0, places, key.to(slots.dtype))
+    slots[1].index_copy_(0, places, value.to(slots.dtype))

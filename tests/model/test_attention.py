@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def make_step(case: Case, heads: tuple[int, int], stale: float, in_place: bool =
         new.append(kv[:, past:])
         everything.append(kv)
         queries.append(torch.randn(num_queries, num_heads, D, generator=generator))
-    block_table = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int64)
+    block_table = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
     for row, table in enumerate(tables):
         block_table[row, : len(table)] = torch.tensor(table)
     lens = tuple(length for _, length in case.rows)
@@ -86,12 +87,18 @@ def make_step(case: Case, heads: tuple[int, int], stale: float, in_place: bool =
         num_decodes=sum(1 for num, _ in case.rows if num == 1),
         first_blocks=tuple(table[0] if in_place else None for table in tables),
         block_table=block_table,
-        slot_mapping=torch.cat(slots),
-        seq_lens_device=torch.tensor(lens),
-        query_starts=torch.tensor([0, *(num for num, _ in case.rows)]).cumsum(0),
+        slot_mapping=torch.cat(slots).int(),
+        seq_lens_device=torch.tensor(lens, dtype=torch.int32),
+        query_starts=torch.tensor([0, *(num for num, _ in case.rows)]).cumsum(0, dtype=torch.int32),
     )
     key, value = torch.cat(new, dim=1)
     return torch.cat(queries), key, value, cache, everything, metadata
+
+
+def decode(backend: ReferenceBackend, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    """A step at position 0, which turns nothing."""
+    half = query.new_ones(query.shape[0], 1, D // 2)
+    return backend.decode(torch.cat((query, key, value), dim=1), half, torch.zeros_like(half), *rest)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool = True) -> Tensor:
@@ -115,7 +122,7 @@ def test_a_step_equals_dense_attention_whatever_lies_in_unused_slots(
     case: Case, heads: tuple[int, int], stale: float, in_place: bool, backend: Backend
 ) -> None:
     query, key, value, cache, everything, metadata = make_step(case, heads, stale, in_place)
-    out = backend().decode(query, key, value, cache, metadata)
+    out = decode(backend(), query, key, value, cache, metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
 
@@ -127,7 +134,7 @@ def test_a_step_writes_its_keys_and_values_and_nothing_else(case: Case, backend:
     expected = cache.clone()
     slots = expected.view(2, POOL * P, 2, D)
     slots[0, metadata.slot_mapping], slots[1, metadata.slot_mapping] = key, value
-    backend().decode(query, key, value, cache, metadata)
+    decode(backend(), query, key, value, cache, metadata)
     assert torch.equal(cache, expected)
 
 
@@ -138,15 +145,15 @@ def test_scratch_memory_kept_between_steps_changes_no_result(kind: Backend) -> N
         for heads in HEADS:
             step = make_step(case, heads, float("nan"))
             fresh = make_step(case, heads, float("nan"))
-            ours = backend.decode(*step[:4], step[5])
-            assert torch.equal(ours, kind().decode(*fresh[:4], fresh[5]))
+            ours = decode(backend, *step[:4], step[5])
+            assert torch.equal(ours, decode(kind(), *fresh[:4], fresh[5]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 def test_one_long_sequence_beside_short_ones(backend: Backend) -> None:
     case = Case("long", ((1, 500), (1, 3), (30, 240)))
     query, key, value, cache, everything, metadata = make_step(case, (4, 2), float("nan"))
-    out = backend().decode(query, key, value, cache, metadata)
+    out = decode(backend(), query, key, value, cache, metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split([1, 1, 30]), everything, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
 
@@ -156,7 +163,7 @@ def test_bfloat16_stays_near_the_oracle(backend: Backend) -> None:
     query, key, value, cache, everything, metadata = make_step(CASES[-1], (4, 2), 0.0)
     step = (x.bfloat16() for x in (query, key, value))
     cache = cache.to(backend().kv_cache_dtype(torch.bfloat16, torch.device("cpu")))
-    out = backend().decode(*step, cache, metadata)
+    out = decode(backend(), *step, cache, metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=0.05, rtol=0.05)
@@ -164,7 +171,7 @@ def test_bfloat16_stays_near_the_oracle(backend: Backend) -> None:
 
 def test_the_reference_takes_a_bfloat16_cache() -> None:
     query, key, value, cache, everything, metadata = make_step(CASES[-1], (4, 2), 0.0)
-    out = ReferenceBackend().decode(*(x.bfloat16() for x in (query, key, value, cache)), metadata)
+    out = decode(ReferenceBackend(), *(x.bfloat16() for x in (query, key, value, cache)), metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=0.05, rtol=0.05)
 
@@ -177,7 +184,7 @@ def test_threads_and_head_groups_change_no_result(num_threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        out = CpuBackend().decode(*step[:4], step[5])
+        out = decode(CpuBackend(), *step[:4], step[5])
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
@@ -187,7 +194,7 @@ def test_threads_and_head_groups_change_no_result(num_threads: int) -> None:
 def test_the_kernel_and_torch_agree_where_one_hands_over_to_the_other(length: int) -> None:
     step = make_step(Case("edge", ((1, 9), (length, 90), (40, 40))), (4, 2), float("nan"))
     expected = [dense(q, *kv) for q, kv in zip(step[0].split([1, length, 40]), step[4], strict=True)]
-    out = CpuBackend().decode(*step[:4], step[5])
+    out = decode(CpuBackend(), *step[:4], step[5])
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
 
 
@@ -196,7 +203,7 @@ def test_a_broken_sequence_is_not_a_number_and_its_neighbours_are(poison: float)
     """What is not a number must stay so: the sampler ends that request, and would believe any finite nonsense."""
     query, key, value, cache, everything, metadata = make_step(Case("two", ((1, 20), (1, 20))), (4, 4), 0.0)
     cache[0, metadata.block_table[0, 0], 3] = poison
-    out = CpuBackend().decode(query, key, value, cache, metadata)
+    out = decode(CpuBackend(), query, key, value, cache, metadata)
     assert not out[0].isfinite().any()
     torch.testing.assert_close(out[1:].double(), dense(query[1:], *everything[1]), atol=2e-6, rtol=1e-5)
 
@@ -204,7 +211,7 @@ def test_a_broken_sequence_is_not_a_number_and_its_neighbours_are(poison: float)
 @pytest.mark.parametrize("spread", [1.0, 30.0, 1e4])
 def test_the_softmax_holds_for_scores_of_any_size(spread: float) -> None:
     query, key, value, cache, everything, metadata = make_step(CASES[4], (4, 4), 0.0)
-    out = CpuBackend().decode(query * spread, key, value, cache, metadata)
+    out = decode(CpuBackend(), query * spread, key, value, cache, metadata)
     expected = [dense(q * spread, *kv) for q, kv in zip(query.split(1), everything, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=1e-5 * spread**0.5, rtol=1e-4)
 
