@@ -97,9 +97,9 @@ class ReferenceBackend:
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2] -> query [T, H, D], key and value [T, Hkv, D]."""
-    turning, value = heads.split((heads.shape[1] - num_kv_heads, num_kv_heads), dim=1)
-    turned = apply_rotary(turning, cos, sin)
-    query, key = turned.split((turned.shape[1] - num_kv_heads, num_kv_heads), dim=1)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    turning, value = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], dim=1)
+    query, key = torch.split(apply_rotary(turning, cos, sin), [num_heads, num_kv_heads], dim=1)
     return query, key, value
 
 
