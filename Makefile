@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
 
-.PHONY: help setup serve test clients peers bench lint types check clean
+.PHONY: help setup serve test clients peers bench gpu lint types check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,9 @@ peers: setup ## install vLLM's CPU build in .peers, for bench to measure beside
 
 bench: $(VENV)/.dev ## the CPU benchmarks, within 15 minutes: JSON and a picture
 	$(BIN)/python -m benchmarks.cpu_set $(ARGS)
+
+gpu: $(VENV)/.dev ## on a machine with a GPU: the tests that need one, then every benchmark (docs/gpu.md)
+	@$(BIN)/python -m pytest -m gpu; tests=$$?; $(BIN)/python -m benchmarks.gpu all $(ARGS) && exit $$tests
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check .
