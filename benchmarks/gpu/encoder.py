@@ -1,8 +1,8 @@
 """The way of a clip on the device: log-mel, encoder, projector, and the first token from the engine behind them.
 
-`clip` cells run the model's own `encode_audio` on clips that lie on the device. `first token` cells run a request
-through an idle engine in this process; what the server adds to that is audio decoding, the prompt, two pipes and
-HTTP.
+`clips` cells go the way of the engine from samples on the host to rows of the decoder's input. `first token` cells
+run a request through an idle engine in this process; what the server adds to that is audio decoding, the prompt, two
+pipes and HTTP.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from benchmarks.gpu.engine_load import build_engine, clip_request, free_memory
 from benchmarks.gpu.floors import encoder_flop
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.shapes import Shape
-from benchmarks.gpu.timing import synchronise, time_calls
+from benchmarks.gpu.timing import Call, synchronise, time_calls
+from benchmarks.gpu.variants import changed
 from engine.core import EngineCore
-from model.config import SAMPLE_RATE, num_mel_frames
+from engine.messages import AudioClip
+from model import audio_encoder
+from model.config import num_mel_frames
 from model.log_mel import log_mel
-from model.qwen2_audio import Qwen2Audio
 
 FIRST_TOKENS = 10
 WARM_UP = 2
@@ -39,7 +41,7 @@ def run(journal: Journal, shape: Shape, device: torch.device, folder: Path) -> N
     for seconds in shape.clip_seconds:
         for count in shape.clips_at_once:
             name = f"{count} clips of {seconds:g} s"
-            journal.cell(name, lambda s=seconds, n=count: encode(core.runner.model, shape, s, n, device))
+            journal.cell(name, lambda s=seconds, n=count: encode(core, shape, s, n, device))
         journal.cell(f"first token, {seconds:g} s clip", lambda s=seconds: first_token(core, shape, s, device))
 
 
@@ -50,21 +52,35 @@ def build(folder: Path, shape: Shape, device: torch.device) -> EngineCore:
     return build_engine(folder, device, max_num_seqs=8, max_model_len=length)
 
 
-def encode(model: Qwen2Audio, shape: Shape, seconds: float, count: int, device: torch.device) -> dict[str, Any]:
+def encode(core: EngineCore, shape: Shape, seconds: float, count: int, device: torch.device) -> dict[str, Any]:
     """`count` clips in one packed run, and the log-mel's part of it."""
-    generator = torch.Generator(device).manual_seed(count)
-    samples = round(seconds * SAMPLE_RATE)
-    clips = [0.1 * torch.randn(samples, generator=generator, device=device) for _ in range(count)]
-    whole = time_calls([lambda: model.encode_audio(clips)], device, capture=False)
-    bins = shape.config.audio.num_mel_bins
-    mel = time_calls([lambda: [log_mel(clip, bins) for clip in clips]], device, capture=False)
-    flop = count * encoder_flop(shape.config.audio, shape.config.text.hidden_size, num_mel_frames(samples))
+    clips = [clip for _ in range(count) for clip in clip_request(shape, seconds, 0, ANSWER_TOKENS).clips]
+    whole = time_calls([lambda: core.runner._encode_batch(clips)], device, capture=False)
+    calls = log_mel_calls(core, clips)
+    mel_s = len(calls) * time_calls(calls, device, capture=False).best
+    frames = num_mel_frames(len(clips[0].samples))
+    flop = count * encoder_flop(shape.config.audio, shape.config.text.hidden_size, frames)
+    core.runner._clips.clear()
     return {
         "ms": 1000 * whole.best,
-        "log_mel_ms": 1000 * mel.best,
-        "log_mel_share": mel.best / whole.best,
+        "log_mel_ms": 1000 * mel_s,
+        "log_mel_share": mel_s / whole.best,
         "flop_per_s": flop / whole.best,
     }
+
+
+@torch.inference_mode()
+def log_mel_calls(core: EngineCore, clips: list[AudioClip]) -> list[Call]:
+    """What the encoder asks of `log_mel` in one run of these clips."""
+    asked: list[Call] = []
+
+    def note(*args: Any) -> torch.Tensor:
+        asked.append(lambda: log_mel(*args))
+        return log_mel(*args)
+
+    with changed(audio_encoder, log_mel=note):
+        core.runner._encode_batch(clips)
+    return asked
 
 
 def first_token(core: EngineCore, shape: Shape, seconds: float, device: torch.device) -> dict[str, Any]:

@@ -6,6 +6,7 @@ against the arithmetic. `error` is the largest difference to plain torch: a kern
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -94,7 +95,9 @@ def clip(shape: Shape, backend: AttentionBackend, seconds: float, device: torch.
     audio = shape.config.audio
     samples = min(MAX_AUDIO_SAMPLES, round(seconds * SAMPLE_RATE))
     frames = num_conv_frames(num_mel_frames(samples))
-    metadata = EncoderMetadata(lens=(frames,))
+    starts = torch.tensor([0, frames], dtype=torch.int32, device=device)
+    known = {field.name for field in fields(EncoderMetadata)}
+    metadata = EncoderMetadata((frames,), **({"starts": starts} if "starts" in known else {}))
     loads = make_encoder_load(frames, audio.encoder_attention_heads, audio.head_dim, device)
     calls = [lambda parts=parts: backend.encode(*parts, metadata) for parts in loads]
     timing = time_calls(calls, device, capture=supports_graphs(backend))

@@ -24,6 +24,7 @@ PARTS = (
     Part("transformers", "peer.run", 150, 100, "the same by Hugging Face's generate, at its best batch"),
     Part("kernels", "kernels.run", 150, 40, "every attention backend: decodes, prompts, clips"),
     Part("fused", "fused.run", 60, 40, "every fused kernel beside the same in plain torch"),
+    Part("sampling", "sampling.run", 40, 30, "the sampler over the whole vocabulary"),
     Part("variants", "variants.run", 90, 40, "the Triton decode kernel by its tuning knobs"),
     Part("encoder", "encoder.run", 90, 90, "clips of 2 to 30 s, log-mel's share, first tokens without HTTP"),
     Part("memory", "memory.run", 90, 90, "KV blocks with default settings, and the peak while the engine is full"),
