@@ -1,4 +1,4 @@
-"""Two replicas on Ray Serve by deploy/ray_serve.py: loaded, one killed, one drained. `make topology` installs Ray."""
+"""Two replicas on Ray Serve by deploy/ray_serve.py: loaded, one killed, one drained. Ray: `make topology`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Cluster:
         environment = os.environ | {"PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}
         self._process = subprocess.Popen(
             [PYTHON, "-m", "tests.deploy.ray_cluster", str(port)],
-            cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"),
+            cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"),
         )  # fmt: skip
         self._wait_for("ready")
 
