@@ -31,6 +31,14 @@ def _parse_limits(value: object) -> object:
     return dict(pair.strip().split("=", 1) for pair in value.split(",") if "=" in pair) or value
 
 
+def _split_keys(value: object) -> object:
+    """As names, but set and empty is an accident that must not open the server."""
+    keys = _split(value)
+    if isinstance(value, str) and not keys:
+        raise ValueError("it is set, and holds no key")
+    return keys
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
@@ -151,11 +159,19 @@ class Settings(BaseModel):
         "server", "127.0.0.1", "address to listen on: this machine only unless set; 0.0.0.0 opens it to the network"
     )
     port: int = _setting("server", 8000, "port to listen on; 0 takes a free one", ge=0, le=65535)
-    api_key: Names = _setting(
+    api_key: Annotated[tuple[str, ...], BeforeValidator(_split_keys)] = _setting(
         "server",
         (),
-        "key that requests must send as a bearer token (repeatable), /health and /ready aside; default: open to all",
+        "key that requests must send as a bearer token (repeatable), /health and /ready aside; other users of this "
+        "machine see it in the list of processes, so better use the environment or --api-key-file; "
+        "default: open to all",
         metavar="KEY",
+    )
+    api_key_file: Annotated[str, Field(min_length=1)] | None = _setting(
+        "server",
+        None,
+        "file with more keys, one a line, # for comments; read again when it changes",
+        metavar="FILE",
     )
     max_body_mb: float = _setting("server", 64, "largest request body, in MiB", gt=0)
     sse_keep_alive_interval: float = _setting(

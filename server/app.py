@@ -27,6 +27,7 @@ from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
 from server.errors import to_api_error
+from server.key_file import KeyFile
 from server.media import MediaLoader
 from server.middleware import RequestScope, Traffic
 from server.openapi import make_document
@@ -48,10 +49,12 @@ _END_TOKENS = (_CHAT_END, "<|endoftext|>")
 def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> FastAPI:
     """An application that answers with `engine`, which runs `checkpoint`.
 
-    Raises ConfigError when the checkpoint's tokenizer, template or configuration cannot be used.
+    Raises ConfigError when the checkpoint's tokenizer, template or configuration cannot be used, KeysError for keys
+    that cannot.
     """
+    keys = api_keys(settings)
     loader = _audio_loader(settings)
-    serving = _serving(settings, engine, checkpoint, loader)
+    serving = _serving(settings, engine, checkpoint, loader, keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -66,14 +69,21 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
     app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
-    app.state.openapi = make_document(router.routes, has_keys=bool(settings.api_key))
+    app.state.openapi = make_document(router.routes, has_keys=len(keys) > 0)
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)
-    app.add_middleware(RequestScope, keys=ApiKeys(settings.api_key), traffic=app.state.traffic)
+    app.add_middleware(RequestScope, keys=keys, traffic=app.state.traffic)
     return app
 
 
-def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader: AudioLoader) -> Serving:
+def api_keys(settings: Settings) -> ApiKeys:
+    """The keys that the settings name. Raises KeysError."""
+    return ApiKeys(settings.api_key, KeyFile(Path(settings.api_key_file)) if settings.api_key_file else None)
+
+
+def _serving(
+    settings: Settings, engine: EngineClient, checkpoint: Path, loader: AudioLoader, keys: ApiKeys
+) -> Serving:
     tokenizer = Tokenizer.from_folder(checkpoint)
     audio_token_id = Qwen2AudioConfig.from_folder(checkpoint).audio_token_id
     if audio_token_id not in tokenizer.special_ids:
@@ -90,7 +100,7 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader:
         media=MediaLoader(
             loader,
             max_clips=settings.max_audio_clips,
-            store=_audio_store(settings),
+            store=_audio_store(settings, keys),
             long_audio=settings.long_audio,
         ),
         grammars=GrammarCompiler(checkpoint, engine.info.vocab_size),
@@ -141,10 +151,10 @@ def _audio_loader(settings: Settings) -> AudioLoader:
     return AudioLoader(limits, MediaFetcher(policy, limits))
 
 
-def _audio_store(settings: Settings) -> AudioStore:
+def _audio_store(settings: Settings, keys: ApiKeys) -> AudioStore:
     """Every key has an equal share."""
     max_bytes = int(settings.max_stored_audio_mb * MIB)
-    return AudioStore(max_bytes, settings.stored_audio_ttl, num_scopes=len(set(settings.api_key)))
+    return AudioStore(max_bytes, settings.stored_audio_ttl, num_scopes=keys.__len__)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

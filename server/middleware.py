@@ -1,4 +1,4 @@
-"""Round every request: its id, its API key, its place among those in flight, its log line, and the last resort.
+"""Round every request: its id, its API key, its header's size, its place in flight, its log line, the last resort.
 
 Pure ASGI: a wrapper that buffers responses, or hides disconnects, would break streaming. Every answer carries
 x-request-id, errors included. The log line holds no text, no audio and no query string.
@@ -23,6 +23,10 @@ PROBES = ("/health", "/ready")
 """Open to all, and asked every few seconds: not worth a log line. Everything else needs the key."""
 CLIENT_GONE = 499
 """nginx's status for a client that left; only ever logged."""
+
+MAX_HEADER_BYTES = 32 << 10
+"""Of a request, names, values and URL together."""
+MAX_HEADERS = 100
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -62,7 +66,8 @@ class RequestScope:
         self._traffic.num_in_flight += 1
         try:
             if scope["path"] not in PROBES:
-                scope.setdefault("state", {})["caller"] = self._keys.check(headers.get("authorization"))
+                scope.setdefault("state", {})["caller"] = self._keys.check(headers.getlist("authorization"))
+                check_header_size(scope)
                 self._traffic.check_welcome()
             await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
@@ -77,6 +82,15 @@ class RequestScope:
             access_logger.log(
                 level, "%s %r %d %.0fms %s", method, path, exchange.status, duration_ms, exchange.request_id
             )
+
+
+def check_header_size(scope: Scope) -> None:
+    """Raise ApiError (431) above the limits. The parser has one too, but not for what comes in one piece."""
+    sizes = [len(name) + len(value) for name, value in scope["headers"]]
+    num_bytes = sum(sizes) + len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    if len(sizes) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES:
+        message = f"The request header is too large: at most {MAX_HEADERS} fields and {MAX_HEADER_BYTES} bytes."
+        raise ApiError(431, message, code="header_too_large", headers={"Connection": "close"})
 
 
 class _Exchange:

@@ -58,6 +58,14 @@ def test_lists_and_limits() -> None:
     assert from_environment.max_audio_clips == 2
 
 
+@pytest.mark.parametrize("value", ["", " ", ",", " , "])
+def test_a_variable_for_keys_that_holds_none_is_an_error(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"api-key: .*holds no key"):
+        load_settings([], {"TYMPAN_API_KEY": value})
+    with pytest.raises(SettingsError, match="api-key-file"):
+        load_settings([], {"TYMPAN_API_KEY_FILE": ""})
+
+
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--port", "99999"], "port"),
     (["--port", "http"], "port"),
