@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, StringConstraints
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -39,6 +39,8 @@ def _split_keys(value: object) -> object:
     return keys
 
 
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+)$")]
+"""As browsers write it: in lower case, without a path or a final slash."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
@@ -172,6 +174,13 @@ class Settings(BaseModel):
         None,
         "file with more keys, one a line, # for comments; read again when it changes",
         metavar="FILE",
+    )
+    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)] = _setting(
+        "server",
+        (),
+        "origins whose web pages may call the server from a browser, as https://app.example; * for all; "
+        "default: none",
+        metavar="ORIGIN",
     )
     max_body_mb: float = _setting("server", 64, "largest request body, in MiB", gt=0)
     sse_keep_alive_interval: float = _setting(

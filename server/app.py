@@ -26,6 +26,7 @@ from model.errors import ConfigError
 from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
+from server.cors import Cors
 from server.errors import to_api_error
 from server.key_file import KeyFile
 from server.media import MediaLoader
@@ -73,6 +74,8 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_middleware(RequestScope, keys=keys, traffic=app.state.traffic)
+    if settings.allowed_origins:
+        app.add_middleware(Cors, origins=settings.allowed_origins)
     return app
 
 

@@ -75,6 +75,8 @@ def test_a_variable_for_keys_that_holds_none_is_an_error(value: str) -> None:
     (["--limit-mm-per-prompt", "many"], "limit-mm-per-prompt"),
     (["--limit-mm-per-prompt", "{"], "limit-mm-per-prompt"),
     (["--config", "missing.yaml"], "missing.yaml"),
+    (["--allowed-origins", "https://a.example/"], "allowed-origins"),
+    (["--allowed-origins", "a.example"], "allowed-origins"),
 ])  # fmt: skip
 def test_wrong_values_are_named(arguments: list[str], named: str) -> None:
     with pytest.raises(SettingsError, match=named) as caught:
