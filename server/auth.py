@@ -46,5 +46,15 @@ class ApiKeys:
         return self._digests if self._file is None else self._digests + self._file.digests()
 
 
+def cache_salt(caller: str, own: str | None) -> str | None:
+    """What a caller's requests share computed prompts and clips under; `own`: the salt that a request brings.
+
+    No two callers ever have the same. None: all share, where there are no keys and the request brings nothing.
+    """
+    if caller == EVERYBODY:
+        return own
+    return hashlib.sha256(f"{caller}\n{own or ''}".encode(errors="surrogatepass")).hexdigest()
+
+
 def _unauthorized(message: str, code: str | None) -> ApiError:
     return ApiError(401, message, code=code, headers={"WWW-Authenticate": "Bearer"})

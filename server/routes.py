@@ -38,6 +38,7 @@ from server.responses_schema import ResponsesRequest
 from server.schema import ChatRequest, CompletionRequest
 from server.serving import Serving
 from server.tokenization import DetokenizeRequest, TokenizeRequest
+from server.transcriber import Transcriber
 from server.transcription_form import TranscriptionForm, TranslationForm
 from server.transcriptions import transcribe
 
@@ -186,8 +187,9 @@ def allowed_methods(scope: Scope) -> list[str]:
 
 
 async def _transcribe(request: Request, model: type[TranscriptionForm]) -> Response:
+    transcriber: Transcriber = request.app.state.transcriber.of(request.state.caller)
     form = await read_form(request, request.app.state.max_upload_bytes)
-    return await while_connected(request, transcribe(request.app.state.transcriber, form, model))
+    return await while_connected(request, transcribe(transcriber, form, model))
 
 
 def _serving(request: Request) -> Serving:

@@ -134,7 +134,7 @@ class GenerationRequest(StrictModel):
     priority: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """Lower goes first."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """Only requests with the same salt share what is computed of their audio."""
+    """Only a caller's requests with the same salt share what is computed of their audio."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     long_audio: LongAudio | None = None
