@@ -182,6 +182,19 @@ class Settings(BaseModel):
         "default: none",
         metavar="ORIGIN",
     )
+    max_requests_per_minute: int | None = _setting(
+        "server", None, "most requests (POST) of one key in a minute; default: no limit", ge=1
+    )
+    max_audio_seconds_per_minute: float | None = _setting(
+        "server",
+        None,
+        "most audio of one key in a minute, in seconds; longer audio is accepted, and delays what comes after it; "
+        "default: no limit",
+        gt=0,
+    )
+    max_concurrent_requests_per_key: int | None = _setting(
+        "server", None, "most requests (POST) of one key at once; default: no limit", ge=1
+    )
     max_body_mb: float = _setting("server", 64, "largest request body, in MiB", gt=0)
     sse_keep_alive_interval: float = _setting(
         "server", 15, "seconds of silence after which a stream gets a keep-alive comment; 0: never", ge=0
@@ -194,6 +207,9 @@ class Settings(BaseModel):
     max_audio_clip_mb: float = _setting("audio", 25, "largest encoded clip, in MiB", gt=0)
     max_audio_seconds: float = _setting(
         "audio", 600, "longest uploaded clip or audio part of a chat or completion that is decoded, in seconds", gt=0
+    )
+    max_audio_seconds_per_request: float = _setting(
+        "audio", 1200, "most audio in one chat or completion, all its parts together, in seconds", gt=0
     )
     long_audio: Literal["split", "error", "truncate"] = _setting(
         "audio",

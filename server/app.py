@@ -33,6 +33,7 @@ from server.media import MediaLoader
 from server.middleware import RequestScope, Traffic
 from server.openapi import make_document
 from server.prompt import PromptBuilder
+from server.quota import QuotaLimits, Quotas, QuotaScope
 from server.routes import allowed_methods, router
 from server.serving import Serving
 from server.structured import GrammarCompiler
@@ -55,7 +56,8 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     """
     keys = api_keys(settings)
     loader = _audio_loader(settings)
-    serving = _serving(settings, engine, checkpoint, loader, keys)
+    quotas = Quotas(_quota_limits(settings))
+    serving = _serving(settings, engine, checkpoint, _media(settings, loader, keys, quotas))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -73,6 +75,8 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.state.openapi = make_document(router.routes, has_keys=len(keys) > 0)
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)
+    if quotas.has_limits:
+        app.add_middleware(QuotaScope, quotas=quotas)
     app.add_middleware(RequestScope, keys=keys, traffic=app.state.traffic)
     if settings.allowed_origins:
         app.add_middleware(Cors, origins=settings.allowed_origins)
@@ -84,9 +88,7 @@ def api_keys(settings: Settings) -> ApiKeys:
     return ApiKeys(settings.api_key, KeyFile(Path(settings.api_key_file)) if settings.api_key_file else None)
 
 
-def _serving(
-    settings: Settings, engine: EngineClient, checkpoint: Path, loader: AudioLoader, keys: ApiKeys
-) -> Serving:
+def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, media: MediaLoader) -> Serving:
     tokenizer = Tokenizer.from_folder(checkpoint)
     audio_token_id = Qwen2AudioConfig.from_folder(checkpoint).audio_token_id
     if audio_token_id not in tokenizer.special_ids:
@@ -100,12 +102,7 @@ def _serving(
             audio_token_id=audio_token_id,
             max_model_len=engine.info.max_model_len,
         ),
-        media=MediaLoader(
-            loader,
-            max_clips=settings.max_audio_clips,
-            store=_audio_store(settings, keys),
-            long_audio=settings.long_audio,
-        ),
+        media=media,
         grammars=GrammarCompiler(checkpoint, engine.info.vocab_size),
         defaults=_generation_defaults(settings, checkpoint, tokenizer),
         keep_alive_s=settings.sse_keep_alive_interval or None,
@@ -152,6 +149,25 @@ def _audio_loader(settings: Settings) -> AudioLoader:
         allowed_private_hosts=frozenset(settings.allowed_private_media_hosts),
     )
     return AudioLoader(limits, MediaFetcher(policy, limits))
+
+
+def _media(settings: Settings, loader: AudioLoader, keys: ApiKeys, quotas: Quotas) -> MediaLoader:
+    return MediaLoader(
+        loader,
+        max_clips=settings.max_audio_clips,
+        store=_audio_store(settings, keys),
+        long_audio=settings.long_audio,
+        max_request_seconds=settings.max_audio_seconds_per_request,
+        quotas=quotas,
+    )
+
+
+def _quota_limits(settings: Settings) -> QuotaLimits:
+    return QuotaLimits(
+        requests_per_minute=settings.max_requests_per_minute,
+        audio_seconds_per_minute=settings.max_audio_seconds_per_minute,
+        concurrent_requests=settings.max_concurrent_requests_per_key,
+    )
 
 
 def _audio_store(settings: Settings, keys: ApiKeys) -> AudioStore:

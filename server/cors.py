@@ -17,6 +17,11 @@ EXPOSED_HEADERS = (
     "Retry-After",
     "WWW-Authenticate",
     "X-Audio-Truncated",
+    *(
+        f"X-Ratelimit-{what}-{unit}"
+        for what in ("Limit", "Remaining", "Reset")
+        for unit in ("Requests", "Audio-Seconds")
+    ),
     "X-Request-Id",
 )
 """What pages may read beside the body."""

@@ -150,6 +150,8 @@ class Transcription:
                     raise bad_request(error.message, "file", error.code) from None
                 if pcm is None:
                     return
+                media = transcriber.serving.media
+                media.quotas.charge_audio(media.caller, pcm.duration_s)
                 yield await self._begin(pcm, start)
                 start += pcm.num_samples
 
