@@ -235,7 +235,7 @@ class ChatRequest(Rendering, GenerationRequest):
 
     refusals = REFUSED_IN_CHAT
 
-    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS)]
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     max_completion_tokens: Count | None = None
     """Wins over max_tokens, its older name."""
     logprobs: bool | None = None

@@ -105,8 +105,9 @@ def test_places_are_given_back() -> None:
     quotas = Quotas(QuotaLimits(concurrent_requests=2), Clock())
     with ExitStack() as stack:
         stack.enter_context(quotas.place("a"))
-        with pytest.raises(ZeroDivisionError), quotas.place("a"):
+        with quotas.place("a"):
             assert not admitted(quotas)
+        with pytest.raises(ZeroDivisionError), quotas.place("a"):
             raise ZeroDivisionError
         assert admitted(quotas)
         assert admitted(quotas, "b")
