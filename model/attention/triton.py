@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata, EncoderMetadata
-from model.attention.reference import rotate, write_kv
 from model.triton_kernels.encoder_attention import encoder_attention
 from model.triton_kernels.paged_decode import max_queries, paged_decode
 from model.triton_kernels.paged_prefill import paged_prefill
+from model.triton_kernels.rotate_and_write import rotate_and_write
 
 
 class TritonBackend:
@@ -39,9 +39,7 @@ class TritonBackend:
         kv_scales: Tensor | None = None,
     ) -> Tensor:
         """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D]."""
-        query, key, value = rotate(heads, cos, sin, kv_layer.shape[3])
-        write_kv(key, value, kv_layer, metadata.slot_mapping)
-        query = query.contiguous()
+        query = rotate_and_write(heads, cos, sin, kv_layer, metadata.slot_mapping, kv_scales)
         out = torch.empty_like(query)
         limit = max_queries(query.shape[1], kv_layer.shape[3])
         query_lens = metadata.query_lens

@@ -6,6 +6,8 @@ import os
 
 from torch import Tensor
 
+__all__ = ["IS_INSTALLED", "IS_INTERPRETED", "constexpr", "jit", "next_power_of_2", "reaches", "tl"]
+
 try:
     import triton
     import triton.language as tl
