@@ -65,7 +65,9 @@ def pack_clips(clips: Sequence[Tensor], num_mel_bins: int) -> PackedClips:
         frame_index=torch.cat(frame_index).to(device),
         positions=torch.cat([torch.arange(c) for c in lens]).to(device),
         pool_index=torch.cat(pool_index).to(device),
-        metadata=EncoderMetadata(lens=tuple(lens)),
+        metadata=EncoderMetadata(
+            lens=tuple(lens), starts=torch.tensor([0, *lens]).cumsum(0, dtype=torch.int32).to(device)
+        ),
         num_tokens=tuple(c // 2 for c in lens),
     )
 

@@ -42,7 +42,9 @@ class EncoderMetadata:
     """Clips of one packed encoder run."""
 
     lens: tuple[int, ...]
-    """Encoder frames of each clip, in packed order."""
+    """Encoder frames of each clip, in packed order; upper bounds while a run is captured."""
+    starts: Tensor | None = None
+    """int32 [clips + 1]: where each clip's frames begin, and E; on the device, for backends that read it there."""
 
 
 class AttentionBackend(Protocol):

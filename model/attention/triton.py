@@ -25,7 +25,7 @@ class TritonBackend:
     block_sizes: tuple[int, ...] = (16,)
     supports_graphs = True
 
-    def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
+    def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:  # noqa: ARG002
         """As computed."""
         return weights
 

@@ -21,7 +21,7 @@ TILINGS = {
 
 
 def encoder_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
-    """query, key, value: [E, H, D], a head's numbers side by side, one layout; starts: int32 [clips + 1] -> [E, H, D].
+    """query, key, value: [E, H, D], strides alike, the last 1; starts: int32 [clips + 1] -> [E, H, D].
 
     Rows past the last start are left unwritten.
     """

@@ -18,7 +18,7 @@ try:
 except ImportError:
     tl = None
 
-    def jit(function=None, **options):
+    def jit(function=None, **_options):
         """The function as it is."""
         return function or (lambda function: function)
 

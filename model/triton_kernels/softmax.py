@@ -1,8 +1,8 @@
 """What the attention kernels share: softmax over keys that come tile by tile, and which tile a program has.
 
-Scores are in units of log 2, so that weights are powers of 2. A row's state is its largest score so far, and the sum of
-weights and the weighted values, both relative to it. A row that has seen no key has -inf, 0 and zeros. Not a number
-stays not a number: it spreads to the sum and the values, whatever the largest score is.
+Scores are in units of log 2, so that weights are powers of 2. A row's state is its largest score so far, and the sum
+of weights and the weighted values, both relative to it. A row that has seen no key has -inf, 0 and zeros. Not a
+number stays not a number: it spreads to the sum and the values, whatever the largest score is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LOG2_E = 1.4426950408889634
 
 @jit
 def comparable(query, stored: tl.constexpr):
-    """Queries in the precision in which they meet keys. float8 becomes float16 by one instruction, bfloat16 by five."""
+    """Queries in the precision in which they meet keys: from float8, float16 is one instruction and bfloat16 several."""
     if stored.primitive_bitwidth == 8 and query.dtype == tl.bfloat16:
         query = query.to(tl.float16)
     return query

@@ -1,12 +1,12 @@
-"""Compile kernels for an H200 where none is: what a launch would run, from the arguments that the real code launches with.
+"""Compile kernels for an H200 where none is, as the real code launches them.
 
     launches = record(monkeypatch, paged_decode, "_kernel")   # the module's kernel keeps its launches from now on
     paged_decode.paged_decode(...)                            # with tensors of the CPU: nothing is computed
     code = compile_for_h200(launches[0])
     assert not code.spills and code.shared_bytes < MAX_SHARED_BYTES
 
-Arguments are specialised as Triton does it at a launch: integers of 1 become constants, pointers and integers that are
-multiples of 16 are known to be. It needs no device, and takes about a second for each kernel.
+Arguments are specialised as Triton does it at a launch: integers of 1 become constants, pointers and integers that
+are multiples of 16 are known to be. It needs no device, and takes about a second for each kernel.
 """
 
 from __future__ import annotations
