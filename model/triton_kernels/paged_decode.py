@@ -3,8 +3,8 @@
 A program takes the queries of one sequence that share a key-value head, as 16 rows or more, the smallest tile of a
 product, and one share of the sequence's keys. With one query and no groups 15 of the rows are padding, which costs
 nothing: the time goes into reading. Keys come in tiles of several blocks. The grid follows from the shapes alone;
-lengths are read on the device, and a share beyond a sequence's end does next to nothing. With several shares a second
-kernel adds them up.
+lengths are read on the device, and a share beyond a sequence's end does next to nothing. With several shares a
+second kernel adds them up.
 
 A sequence of length 0 gives zeros. What lies in slots past a sequence's end is never used.
 """
@@ -43,8 +43,8 @@ TILINGS = {
     2: Tiling(keys=64, num_warps=4, num_stages=3),
     4: Tiling(keys=16, num_warps=8, num_stages=3),
 }
-"""By the bytes of a cached number. At 128 dims a tile of keys and values is 32 KiB in bfloat16 and in float8, and two
-of them are under way while one is multiplied: three programs share a multiprocessor."""
+"""By the bytes of a cached number. At 128 dims a tile of keys and values is 32 KiB in bfloat16 and in float8, and
+two of them are under way: three programs share a multiprocessor."""
 
 
 def num_shares(num_sequences: int, num_kv_heads: int) -> int:

@@ -15,7 +15,7 @@ LOG2_E = 1.4426950408889634
 
 @jit
 def comparable(query, stored: tl.constexpr):
-    """Queries in the precision in which they meet keys: from float8, float16 is one instruction and bfloat16 several."""
+    """Queries in the precision in which they meet keys: float8 becomes float16 in one instruction."""
     if stored.primitive_bitwidth == 8 and query.dtype == tl.bfloat16:
         query = query.to(tl.float16)
     return query
