@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.attention import AttentionBackend, EncoderMetadata
+from model.attention import AttentionBackend, AttentionMetadata, EncoderMetadata
 from model.attention.reference import ReferenceBackend
 from model.attention.triton import TritonBackend
+from model.config import Qwen2AudioConfig
+from model.kv_cache import allocate_kv_cache
 from model.layers import RotaryEmbedding
+from model.loader import load_model
 from model.triton_kernels import encoder_attention, paged_decode, paged_prefill
 from tests.model.attention_cases import (
     CASES,
@@ -178,6 +184,51 @@ def test_queries_and_keys_are_turned_by_their_positions(kernel_device: torch.dev
     there = replace(metadata, **{name: getattr(metadata, name).to(kernel_device) for name in names})
     ours = TritonBackend().decode(*(x.to(kernel_device) for x in (heads, *tables, cache)), there)
     torch.testing.assert_close(ours.cpu(), judged, atol=1e-5, rtol=1e-5)
+
+
+def step_of(rows: list[tuple[int, int, tuple[int, ...]]], device: torch.device) -> tuple[Tensor, AttentionMetadata]:
+    """(query tokens, keys in all, blocks) of each sequence -> positions [T], and the metadata."""
+    width = max(len(table) for *_, table in rows)
+    places = [(table, place) for num, length, table in rows for place in range(length - num, length)]
+
+    def integers(values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    metadata = AttentionMetadata(
+        query_lens=tuple(num for num, *_ in rows),
+        seq_lens=tuple(length for _, length, _ in rows),
+        num_decodes=sum(num == 1 for num, *_ in rows),
+        first_blocks=(None,) * len(rows),
+        block_table=integers([[*table, *[0] * (width - len(table))] for *_, table in rows]),
+        slot_mapping=integers([table[place // 16] * 16 + place % 16 for table, place in places]),
+        seq_lens_device=integers([length for _, length, _ in rows]),
+        query_starts=integers([0, *accumulate(num for num, *_ in rows)]),
+    )
+    return integers([place for _, place in places]), metadata
+
+
+def test_a_whole_model_computes_what_it_does_with_plain_torch(gqa_folder: Path, kernel_device: torch.device) -> None:
+    """Two clips, a prompt with one of them, then decodes beside another prompt in two chunks."""
+    config = Qwen2AudioConfig.from_folder(gqa_folder)
+    clips = [torch.sin(torch.arange(size) / 5).to(kernel_device) for size in (6000, 3000)]
+    results = []
+    for backend in (ReferenceBackend(), TritonBackend()):
+        model = load_model(gqa_folder, config, backend, torch.float32, kernel_device)
+        cache = allocate_kv_cache(config.text, 6, 16, torch.float32, kernel_device)
+        with torch.inference_mode():
+            audio = model.encode_audio(clips)
+            hidden = [*audio]
+            for step in (
+                [(len(audio[0]), len(audio[0]), (4, 2))],
+                [(1, len(audio[0]) + 1, (4, 2)), (20, 20, (1, 5))],
+                [(1, len(audio[0]) + 2, (4, 2)), (9, 29, (1, 5))],
+            ):
+                positions, metadata = step_of(step, kernel_device)
+                rows = audio[0] if len(step) == 1 else model.embed(positions)
+                hidden.append(model(rows, positions, cache, metadata))
+        results.append(hidden)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_prompts_of_more_sequences_than_are_scanned_at_once(
