@@ -94,12 +94,14 @@ def paged_decode(
         query, kv_layer, state if kv_scales is None else kv_scales, block_table, seq_lens, query_starts,
         partial, state, head_dim**-0.5 * LOG2_E,
         block_table.stride(0), *kv_layer.stride()[:4],
-        SCALED=kv_scales is not None, SHARES=shares, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=kv_layer.shape[2],
-        ROWS=max(MIN_ROWS, next_power_of_2(group)), KEYS=tiling.keys,
+        SCALED=kv_scales is not None, SHARED=shares > 1, GROUP=group, HEAD_DIM=head_dim,
+        BLOCK_SIZE=kv_layer.shape[2], ROWS=max(MIN_ROWS, next_power_of_2(group)), KEYS=tiling.keys,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     if shares > 1:
-        _reduce_kernel[num_heads, num_tokens](partial, state, out, SHARES=shares, HEAD_DIM=head_dim, num_warps=2)
+        _reduce_kernel[num_heads, num_tokens](
+            partial, state, out, shares, MAX_SHARES=MAX_SHARES, HEAD_DIM=head_dim, num_warps=2
+        )
 
 
 @jit(
@@ -109,7 +111,7 @@ def paged_decode(
 def _kernel(
     query, kv_layer, kv_scales, block_table, seq_lens, query_starts, out, state, scale,
     stride_table, stride_kv, stride_block, stride_slot, stride_head,
-    SCALED: tl.constexpr, SHARES: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SCALED: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -117,7 +119,8 @@ def _kernel(
     share = tl.program_id(2)
     num_kv_heads = tl.num_programs(0)
     length = tl.load(seq_lens + sequence)
-    share_len = tl.cdiv(tl.cdiv(length, KEYS), SHARES) * KEYS
+    shares = tl.num_programs(2)
+    share_len = tl.cdiv(tl.cdiv(length, KEYS), shares) * KEYS
     start = share * share_len
     stop = tl.minimum(start + share_len, length)
     first = tl.load(query_starts + sequence)
@@ -156,25 +159,26 @@ def _kernel(
         weighted *= tl.load(kv_scales + num_kv_heads + head)
     largest = tl.where(length == 0, 0.0, largest)  # a padding row: zeros
     total = tl.where(length == 0, 1.0, total)
-    if SHARES == 1:
-        weighted = (weighted / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + row[:, None] * HEAD_DIM + dims[None], weighted, mask=is_row[:, None])
-    else:
-        row = row * SHARES + share
+    if SHARED:
+        row = row * shares + share
         tl.store(state + row * 2, largest, mask=is_row)
         tl.store(state + row * 2 + 1, total, mask=is_row)
         if (start < stop) | (length == 0):
             tl.store(out + row[:, None] * HEAD_DIM + dims[None], weighted, mask=is_row[:, None])
+    else:
+        weighted = (weighted / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + row[:, None] * HEAD_DIM + dims[None], weighted, mask=is_row[:, None])
 
 
-@jit
-def _reduce_kernel(partial, state, out, SHARES: tl.constexpr, HEAD_DIM: tl.constexpr):
+@jit(do_not_specialize=["num_shares"])
+def _reduce_kernel(partial, state, out, num_shares, MAX_SHARES: tl.constexpr, HEAD_DIM: tl.constexpr):
     """One row of `out` from its shares; those that saw no key have -inf for their largest score, and no values."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     dims = tl.arange(0, HEAD_DIM)
-    shares = row * SHARES + tl.arange(0, SHARES)
-    largest = tl.load(state + shares * 2)
-    totals = tl.load(state + shares * 2 + 1)
+    is_share = tl.arange(0, MAX_SHARES) < num_shares
+    shares = row * num_shares + tl.arange(0, MAX_SHARES)
+    largest = tl.load(state + shares * 2, mask=is_share, other=float("-inf"))
+    totals = tl.load(state + shares * 2 + 1, mask=is_share, other=0.0)
     is_used = largest != float("-inf")
     weighted = tl.load(partial + shares[:, None] * HEAD_DIM + dims[None], mask=is_used[:, None], other=0.0)
     reference = tl.max(largest, 0)
