@@ -33,7 +33,7 @@ TILINGS = {
     2: Tiling(queries=128, keys=64, num_warps=8, num_stages=3),
     4: Tiling(queries=16, keys=16, num_warps=8, num_stages=2),
 }
-"""By the bytes of a cached number."""
+"""By the bytes of a cached number, or of float32 queries."""
 
 
 def paged_prefill(
@@ -54,7 +54,7 @@ def paged_prefill(
     """
     num_tokens, num_heads, head_dim = query.shape
     num_sequences = seq_lens.shape[0] - first_sequence
-    tiling = TILINGS[kv_layer.element_size()]
+    tiling = TILINGS[4 if query.element_size() == 4 else kv_layer.element_size()]
     num_tiles = (num_tokens - first_token) // tiling.queries + num_sequences  # as many as there can be
     _kernel[num_tiles, num_heads](
         query, kv_layer, seq_lens if kv_scales is None else kv_scales, block_table, seq_lens, query_starts, out,
