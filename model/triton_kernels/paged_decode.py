@@ -43,8 +43,8 @@ TILINGS = {
     2: Tiling(keys=64, num_warps=4, num_stages=3),
     4: Tiling(keys=16, num_warps=8, num_stages=3),
 }
-"""By the bytes of a cached number, or of float32 queries. At 128 dims a tile of keys and values is 32 KiB in bfloat16
-and in float8, and two of them are under way: three programs share a multiprocessor."""
+"""By the bytes of a cached number, or of float32 queries. At 128 dims a tile of keys and values is 32 KiB in
+bfloat16 and float8, and two of them are under way: three programs share a multiprocessor."""
 
 
 def num_shares(num_sequences: int, num_kv_heads: int) -> int:
