@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.triton_kernels.language import jit, next_power_of_2, tl
-from model.triton_kernels.softmax import LOG2_E, absorb, comparable
+from model.triton_kernels.softmax import LOG2_E, absorb, comparable, settled
 
 MIN_ROWS = 16
 """The smallest tile of a product."""
@@ -39,12 +39,12 @@ class Tiling:
 
 
 TILINGS = {
-    1: Tiling(keys=128, num_warps=4, num_stages=3),
+    1: Tiling(keys=64, num_warps=4, num_stages=3),
     2: Tiling(keys=64, num_warps=4, num_stages=3),
     4: Tiling(keys=16, num_warps=8, num_stages=3),
 }
 """By the bytes of a cached number, or of float32 queries. At 128 dims a tile of keys and values is 32 KiB in
-bfloat16 and float8, and two of them are under way: three programs share a multiprocessor."""
+bfloat16 and two of them are under way: three programs share a multiprocessor, in float8 four."""
 
 
 def num_shares(num_sequences: int, num_kv_heads: int) -> int:
@@ -151,6 +151,8 @@ def _kernel(
         blocks = tl.load(table + following // BLOCK_SIZE, mask=following < stop, other=0)
         k = tl.load(keys + slots[:, None] + dims[None], mask=inside[:, None], other=0.0).to(q.dtype)
         v = tl.load(values + slots[:, None] + dims[None], mask=inside[:, None], other=0.0).to(q.dtype)
+        if SCALED and query.dtype.element_ty == tl.bfloat16:
+            v = settled(v)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         products = tl.where(inside[None] & (places[None] <= last_key[:, None]), products, float("-inf"))
         largest, total, weighted = absorb(products, scale, v, largest, total, weighted)
