@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.triton_kernels.language import jit, tl
 from model.triton_kernels.paged_prefill import SCAN, Tiling
-from model.triton_kernels.softmax import LOG2_E, absorb, find_tile
+from model.triton_kernels.softmax import LOG2_E, absorb, find_tile, fresh_state
 
 TILINGS = {
     2: Tiling(queries=128, keys=64, num_warps=4, num_stages=3),
@@ -58,9 +58,7 @@ def _kernel(
     values = value + shift
     whole = length // KEYS * KEYS
 
-    largest = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    weighted = tl.zeros([QUERIES, HEAD_DIM], tl.float32)
+    largest, total, weighted = fresh_state(QUERIES, HEAD_DIM)
     for start in range(0, whole, KEYS):
         places = start + tl.arange(0, KEYS)
         k = tl.load(keys + places[:, None] * stride_frame + dims[None])

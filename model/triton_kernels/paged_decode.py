@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.triton_kernels.language import jit, next_power_of_2, tl
-from model.triton_kernels.softmax import LOG2_E, absorb, comparable, settled
+from model.triton_kernels.softmax import LOG2_E, absorb, comparable, fresh_state, settled
 
 MIN_ROWS = 16
 """The smallest tile of a product."""
@@ -114,20 +114,14 @@ def _kernel(
     SCALED: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    sequence = tl.program_id(1)
-    share = tl.program_id(2)
+    head, sequence, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(0)
     length = tl.load(seq_lens + sequence)
-    shares = tl.num_programs(2)
-    share_len = tl.cdiv(tl.cdiv(length, KEYS), shares) * KEYS
-    start = share * share_len
-    stop = tl.minimum(start + share_len, length)
+    start, stop = _keys_of(share, length, KEYS)
     first = tl.load(query_starts + sequence)
     num_queries = tl.load(query_starts + sequence + 1) - first
 
-    rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, HEAD_DIM)
+    rows, dims = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     is_row = rows < num_queries * GROUP
     row = (first + rows // GROUP).to(tl.int64) * (num_kv_heads * GROUP) + head * GROUP + rows % GROUP
     last_key = length - num_queries + rows // GROUP  # that a row may see
@@ -138,9 +132,7 @@ def _kernel(
     keys = kv_layer + head * stride_head
     values = keys + stride_kv.to(tl.int64)
 
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    largest, total, weighted = fresh_state(ROWS, HEAD_DIM)
     table = block_table + sequence * stride_table
     places = start + tl.arange(0, KEYS)
     blocks = tl.load(table + places // BLOCK_SIZE, mask=places < stop, other=0)
@@ -151,8 +143,7 @@ def _kernel(
         blocks = tl.load(table + following // BLOCK_SIZE, mask=following < stop, other=0)
         k = tl.load(keys + slots[:, None] + dims[None], mask=inside[:, None], other=0.0).to(q.dtype)
         v = tl.load(values + slots[:, None] + dims[None], mask=inside[:, None], other=0.0).to(q.dtype)
-        if SCALED and query.dtype.element_ty == tl.bfloat16:
-            v = settled(v)
+        v = settled(v, kv_layer.dtype.element_ty, query.dtype.element_ty)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         products = tl.where(inside[None] & (places[None] <= last_key[:, None]), products, float("-inf"))
         largest, total, weighted = absorb(products, scale, v, largest, total, weighted)
@@ -162,14 +153,28 @@ def _kernel(
     largest = tl.where(length == 0, 0.0, largest)  # a padding row: zeros
     total = tl.where(length == 0, 1.0, total)
     if SHARED:
-        row = row * shares + share
-        tl.store(state + row * 2, largest, mask=is_row)
-        tl.store(state + row * 2 + 1, total, mask=is_row)
-        if (start < stop) | (length == 0):
-            tl.store(out + row[:, None] * HEAD_DIM + dims[None], weighted, mask=is_row[:, None])
+        row = row * tl.num_programs(2) + share
+        _store_share(out, state, row, is_row, (start < stop) | (length == 0), largest, total, weighted, HEAD_DIM)
     else:
         weighted = (weighted / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + row[:, None] * HEAD_DIM + dims[None], weighted, mask=is_row[:, None])
+
+
+@jit
+def _keys_of(share, length, KEYS: tl.constexpr):
+    """Whole tiles, as evenly as they go. -> the first key of a share, and the end."""
+    share_len = tl.cdiv(tl.cdiv(length, KEYS), tl.num_programs(2)) * KEYS
+    start = share * share_len
+    return start, tl.minimum(start + share_len, length)
+
+
+@jit
+def _store_share(out, state, row, is_row, has_keys, largest, total, weighted, HEAD_DIM: tl.constexpr):
+    """The state of each row for `_reduce_kernel`; values only of a share that has keys."""
+    tl.store(state + row * 2, largest, mask=is_row)
+    tl.store(state + row * 2 + 1, total, mask=is_row)
+    if has_keys:
+        tl.store(out + row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None], weighted, mask=is_row[:, None])
 
 
 @jit(do_not_specialize=["num_shares"])

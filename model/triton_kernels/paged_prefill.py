@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from model.triton_kernels.language import jit, tl
-from model.triton_kernels.softmax import LOG2_E, absorb, comparable, find_tile
+from model.triton_kernels.softmax import LOG2_E, absorb, comparable, find_tile, fresh_state
 
 SCAN = 64
 """Sequences looked at at once."""
@@ -89,8 +89,7 @@ def _kernel(
     past = length - num_queries
     tile = tl.cdiv(num_queries, QUERIES) - 1 - tile  # the longest first
 
-    rows = tile * QUERIES + tl.arange(0, QUERIES)
-    dims = tl.arange(0, HEAD_DIM)
+    rows, dims = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, HEAD_DIM)
     is_row = rows < num_queries
     row = (first + rows).to(tl.int64) * num_heads + head
     q = tl.load(query + row[:, None] * HEAD_DIM + dims[None], mask=is_row[:, None], other=0.0)
@@ -104,23 +103,15 @@ def _kernel(
     seen_by_all = (past + tile * QUERIES + 1) // KEYS * KEYS
     stop = tl.minimum(past + (tile + 1) * QUERIES, length)
 
-    largest = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    weighted = tl.zeros([QUERIES, HEAD_DIM], tl.float32)
+    largest, total, weighted = fresh_state(QUERIES, HEAD_DIM)
     for start in range(0, seen_by_all, KEYS):
         places = start + tl.arange(0, KEYS)
-        slots = tl.load(table + places // BLOCK_SIZE).to(tl.int64) * stride_block + places % BLOCK_SIZE * stride_slot
-        k = tl.load(keys + slots[:, None] + dims[None]).to(q.dtype)
-        v = tl.load(values + slots[:, None] + dims[None]).to(q.dtype)
+        k, v = _read(keys, values, table, places, stop, stride_block, stride_slot, q.dtype, False, BLOCK_SIZE, dims)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         largest, total, weighted = absorb(products, scale, v, largest, total, weighted)
     for start in range(seen_by_all, stop, KEYS):
         places = start + tl.arange(0, KEYS)
-        inside = places < stop
-        blocks = tl.load(table + places // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        slots = blocks * stride_block + places % BLOCK_SIZE * stride_slot
-        k = tl.load(keys + slots[:, None] + dims[None], mask=inside[:, None], other=0.0).to(q.dtype)
-        v = tl.load(values + slots[:, None] + dims[None], mask=inside[:, None], other=0.0).to(q.dtype)
+        k, v = _read(keys, values, table, places, stop, stride_block, stride_slot, q.dtype, True, BLOCK_SIZE, dims)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         products = tl.where(places[None] <= past + rows[:, None], products, float("-inf"))
         largest, total, weighted = absorb(products, scale, v, largest, total, weighted)
@@ -129,3 +120,23 @@ def _kernel(
     total = tl.where(length == 0, 1.0, total)  # a padding row: zeros
     weighted = (weighted / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + row[:, None] * HEAD_DIM + dims[None], weighted, mask=is_row[:, None])
+
+
+@jit
+def _read(
+    keys, values, table, places, stop, stride_block, stride_slot, dtype: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, dims,
+):  # fmt: skip
+    """Keys and values at some places of a sequence; zeros from `stop` on, if any are there. -> two of [N, D]."""
+    if MASKED:
+        inside = places < stop
+        blocks = tl.load(table + places // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        slots = (blocks * stride_block + places % BLOCK_SIZE * stride_slot)[:, None] + dims[None]
+        k = tl.load(keys + slots, mask=inside[:, None], other=0.0)
+        v = tl.load(values + slots, mask=inside[:, None], other=0.0)
+    else:
+        blocks = tl.load(table + places // BLOCK_SIZE).to(tl.int64)
+        slots = (blocks * stride_block + places % BLOCK_SIZE * stride_slot)[:, None] + dims[None]
+        k = tl.load(keys + slots)
+        v = tl.load(values + slots)
+    return k.to(dtype), v.to(dtype)

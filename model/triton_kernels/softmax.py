@@ -22,10 +22,21 @@ def comparable(query, stored: tl.constexpr):
 
 
 @jit
-def settled(numbers):
-    """float16 from float8 as they are, converted here. Left to itself, Triton brings single bytes into a product's
-    layout and converts them there, which takes five times as many reads of shared memory."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.float16, is_pure=False, pack=2)
+def fresh_state(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Of rows that have seen no key: the largest score [M], the sum of weights [M], the weighted values [M, D]."""
+    nothing = tl.zeros([ROWS], tl.float32)
+    return nothing - float("inf"), nothing, tl.zeros([ROWS, HEAD_DIM], tl.float32)
+
+
+@jit
+def settled(numbers, stored: tl.constexpr, queried: tl.constexpr):
+    """As they are; but what `comparable` makes of float8 is converted before it is moved. Left to itself, Triton
+    brings bytes into a product's layout and converts them there: five times as many reads of shared memory."""
+    if stored.primitive_bitwidth == 8 and queried == tl.bfloat16:
+        numbers = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.float16, is_pure=False, pack=2
+        )
+    return numbers
 
 
 @jit
