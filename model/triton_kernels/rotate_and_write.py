@@ -117,7 +117,7 @@ def _launch(
     )  # fmt: skip
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["slot_mapping"])  # it begins anywhere in the step's one array
 def _kernel(
     heads, cos, sin, query, key, kv_layer, slot_mapping, kv_scales,
     stride_token, stride_head, stride_cos, stride_sin, stride_kv, stride_block, stride_offset, stride_kv_head,

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from model.triton_kernels import encoder_attention, paged_decode, paged_prefill
+from model.triton_kernels import encoder_attention, paged_decode, paged_prefill, rotate_and_write
 from tests.model.aot import MAX_SHARED_BYTES, MachineCode, compile_for_h200, record
 
 ASYNCHRONOUS_READ = r"LDGSTS\.E\.BYPASS\.LTC128B\.128|LDGSTS\.E\S*\.128"
@@ -101,6 +101,7 @@ def test_the_encoder_runs_on_warp_group_products(monkeypatch: pytest.MonkeyPatch
     (paged_decode, {"stride_table", "block_table", "seq_lens", "query_starts"}),
     (paged_prefill, {"stride_table", "block_table", "seq_lens", "query_starts", "first_sequence", "num_sequences"}),
     (encoder_attention, {"num_clips", "starts"}),
+    (rotate_and_write, {"slot_mapping"}),
 ])  # fmt: skip
 def test_what_changes_from_step_to_step_compiles_nothing_anew(module: ModuleType, names: set[str]) -> None:
     """A table's width, the number of sequences and where a tensor begins in another: Triton would look at each for
