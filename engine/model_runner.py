@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -70,11 +70,13 @@ class PendingStep:
     plan: SchedulerOutput
     encoded: EncodedClips
     hidden: Tensor | None = None
-    """[T, C], normalised; None when the plan has no tokens, or `logits` are there."""
+    """[R, C], normalised: of the packed rows that may be sampled. None when none is, or `logits` are there."""
     logits: Tensor | None = None
     """float32 [B, V], of all sequences of a replayed step, until the next is launched."""
     last_rows: tuple[int, ...] = ()
-    """Of each sequence of the plan, its last row of `hidden`."""
+    """Of each sequence of the plan, its last packed row."""
+    place_of: dict[int, int] = field(default_factory=dict)
+    """Packed row -> row of `hidden`."""
     masks: Future[TokenMasks] | None = None
     """Of all that sample, when they could be begun with the forward pass."""
     sampled: SampledBatch | None = None
@@ -125,12 +127,14 @@ class ModelRunner:
                 copy_blocks(self.kv_cache, to_device(pairs, self.device))
             batch = build_input_batch(plan, self.block_size)
             step.last_rows = batch.last_rows
+            wanted = sample_rows(plan, step.last_rows)
+            step.place_of = {row: place for place, row in enumerate(wanted)}
             if before is None:
-                step.masks = self.guidance.fill(list(sample_rows(plan, step.last_rows).values()))
+                step.masks = self.guidance.fill(list(wanted.values()))
             if self.graphs and self.graphs.takes(batch):
                 step.logits = self._replay(self.graphs, batch, before)
             else:
-                step.hidden = self._forward(batch, before)
+                step.hidden = self._forward(batch, before, list(wanted))
         return step
 
     @torch.inference_mode()
@@ -150,13 +154,15 @@ class ModelRunner:
         self.guidance.release(sequence_id)
 
     def _logits(self, step: PendingStep, rows: list[int]) -> Tensor:
-        """Of these rows of the step, to be overwritten. -> float32 [R, V]."""
+        """Of these packed rows of the step, to be overwritten. -> float32 [R, V]."""
         if step.logits is not None:
             whole = len(rows) == len(step.logits)
             return step.logits if whole else step.logits[to_device(rows, self.device)]
         assert step.hidden is not None
         hidden, step.hidden = step.hidden, None
-        return self.model.compute_logits(hidden[to_device(rows, self.device)])
+        if len(rows) < len(step.place_of):  # some have ended since
+            hidden = hidden[to_device([step.place_of[row] for row in rows], self.device)]
+        return self.model.compute_logits(hidden)
 
     def _replay(self, graphs: DecodeGraphs, batch: InputBatch, before: PendingStep | None) -> Tensor:
         """-> float32 [B, V]."""
@@ -166,8 +172,8 @@ class ModelRunner:
         assert before.sampled is not None
         return graphs.replay(batch, before.sampled.row_of, before.sampled.token_ids)
 
-    def _forward(self, batch: InputBatch, before: PendingStep | None) -> Tensor:
-        """-> normalised hidden states, [T, C]."""
+    def _forward(self, batch: InputBatch, before: PendingStep | None, wanted: list[int]) -> Tensor:
+        """-> normalised hidden states of the packed rows that are wanted, [R, C]."""
         packed = to_device(batch.packed, self.device)
         num_tokens, num_rows = len(batch.token_ids), len(batch.seq_lens)
         token_ids, positions, slot_mapping, seq_lens, query_starts, block_table = torch.split(
@@ -194,7 +200,8 @@ class ModelRunner:
             seq_lens_device=seq_lens,
             query_starts=query_starts,
         )
-        return self.model(hidden, positions, self.kv_cache, metadata)
+        some = to_device(wanted, self.device, torch.int64) if len(wanted) < num_tokens else None
+        return self.model(hidden, positions, self.kv_cache, metadata, some)
 
     def _encode_all(self, clips: Rows[AudioClip]) -> EncodedClips:
         """Fill `_clips`."""
