@@ -332,7 +332,7 @@ def _runner(
         runner = ModelRunner(model, num_blocks, backend.block_sizes[0], args.max_num_seqs, guidance)
         if capture is None:
             return runner, f"off ({reason})" if device.type == "cuda" else ""
-        return runner, str(runner.capture_graphs(capture, args.max_num_seqs, max_model_len))
+        return runner, runner.capture_graphs(capture, args.max_num_seqs, max_model_len)
 
 
 def _scheduler(

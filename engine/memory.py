@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from engine.cuda_graphs import DecodeGraphs, graph_capture
+from engine.device import free_bytes
+from engine.encoder_graphs import EncoderGraphs
 from engine.errors import EngineStartError
 from engine.messages import EngineArgs, EngineRequest, SamplingParams
 from engine.sample_row import SampleRow
@@ -125,7 +127,11 @@ def measure(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len:
     graphs = 0
     if capture is not None:
         with out_of_memory_means("for CUDA graphs: lower --max-num-seqs, or set --enforce-eager"):
-            graphs = graph_bytes(DecodeGraphs(model, kv_cache, args.max_num_seqs, max_model_len, capture))
+            before = free_bytes(device)
+            decode = DecodeGraphs(model, kv_cache, args.max_num_seqs, max_model_len, capture)
+            encoder = EncoderGraphs(model, capture)
+            graphs = before - free_bytes(device) + graph_bytes(decode) + graph_bytes(encoder)
+            del decode, encoder
     del kv_cache
     torch.cuda.empty_cache()
     return MemoryUse(total, elsewhere, needed - kv_bytes, graphs, max(args.encoder_cache_bytes, clip_bytes))
@@ -142,7 +148,7 @@ def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
     return peak
 
 
-def graph_bytes(graphs: DecodeGraphs) -> int:
+def graph_bytes(graphs: DecodeGraphs | EncoderGraphs) -> int:
     """What all graphs will take: the largest brings the memory that all share, each of the others as much as one."""
     *others, largest = graphs.sizes
     graphs.capture(largest)

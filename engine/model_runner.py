@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.answer import SampledToken
 from engine.cuda_graphs import Capture, DecodeGraphs
 from engine.device import HostCopy, to_device
+from engine.encoder_graphs import EncoderGraphs
 from engine.guidance import Guidance, TokenMasks
 from engine.input_batch import InputBatch, build_input_batch
 from engine.messages import AudioClip, SequenceId
@@ -101,14 +102,17 @@ class ModelRunner:
         )
         self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, self.device)
         self.graphs: DecodeGraphs | None = None
+        self.encoder_graphs: EncoderGraphs | None = None
         self._clips: dict[str, Tensor] = {}
         """Content hash -> embeddings [A, C]."""
 
-    def capture_graphs(self, capture: Capture, max_num_seqs: int, max_model_len: int) -> DecodeGraphs:
-        """From now on replay what can be replayed."""
+    def capture_graphs(self, capture: Capture, max_num_seqs: int, max_model_len: int) -> str:
+        """From now on replay what can be replayed. -> what to tell of it."""
         self.graphs = DecodeGraphs(self.model, self.kv_cache, max_num_seqs, max_model_len, capture)
         self.graphs.capture()
-        return self.graphs
+        self.encoder_graphs = EncoderGraphs(self.model, capture)
+        self.encoder_graphs.capture()
+        return f"{self.graphs}; {self.encoder_graphs}"
 
     def execute(self, plan: SchedulerOutput) -> StepResult:
         """All parts, one after the other."""
@@ -228,8 +232,12 @@ class ModelRunner:
         return frozenset()
 
     def _encode_batch(self, clips: Rows[AudioClip]) -> None:
-        embeddings = self.model.encode_audio([clip.samples for clip in clips])
+        samples = [clip.samples for clip in clips]
+        if self.encoder_graphs and self.encoder_graphs.takes(samples):
+            embeddings = self.encoder_graphs.encode(samples)
+        else:
+            embeddings = self.model.encode_audio(samples)
         for clip, rows in zip(clips, embeddings, strict=True):
             if rows.shape[0] != clip.num_tokens:
                 raise ValueError(f"{clip.num_tokens} placeholders for {rows.shape[0]} audio tokens")
-            self._clips[clip.content_hash] = rows.clone()  # a view would keep all that were encoded with it
+            self._clips[clip.content_hash] = rows.clone()  # a view would keep, or become, what others are encoded to

@@ -39,18 +39,14 @@ class AudioEncoder(nn.Module):
         self.layers: Iterable[EncoderLayer] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, pack: PackedClips) -> Tensor:
-        """-> hidden [A, C] of all clips in order."""
-        return self.encode(self.mel(pack), pack)
-
     def mel(self, pack: PackedClips) -> Tensor:
         """What the convolutions see. -> [num_mel_bins, S], in the weights' precision."""
         num_clips = len(pack.metadata.lens)
         mel = log_mel(pack.signal, pack.frame_of_column, pack.clip_of_column, num_clips, self.num_mel_bins)
         return mel.masked_fill_(pack.is_blank.bool(), 0.0).to(self.conv1.weight.dtype)
 
-    def encode(self, mel: Tensor, pack: PackedClips) -> Tensor:
-        """mel: [num_mel_bins, S] -> [A, C]."""
+    def forward(self, mel: Tensor, pack: PackedClips) -> Tensor:
+        """mel: [num_mel_bins, S] -> hidden [A, C] of all clips in order."""
         hidden = self.frames(mel, pack)
         first, second = hidden.index_select(0, pack.pool_index), hidden.index_select(0, pack.pool_index + 1)
         return self.layer_norm((first + second) * 0.5)

@@ -74,6 +74,11 @@ class PackShape:
         )
 
     @property
+    def num_samples(self) -> int:
+        """Of the signal."""
+        return self.num_hops * HOP_LENGTH
+
+    @property
     def index_sizes(self) -> list[int]:
         """Of the parts of the index array, see `PackedClips`."""
         return [*3 * [self.num_columns], *2 * [self.num_frames], self.num_tokens, self.num_clips + 1]
@@ -123,7 +128,7 @@ def encoder_lens(clips: Sequence[Samples]) -> tuple[int, ...]:
 
 def lay_out(clips: Sequence[Samples], shape: PackShape) -> tuple[Samples, Int32Array]:
     """-> the signal, and the index array."""
-    signal = np.zeros(shape.num_hops * HOP_LENGTH, dtype=np.float32)
+    signal = np.zeros(shape.num_samples, dtype=np.float32)
     index = np.zeros(sum(shape.index_sizes), dtype=np.int32)
     parts = np.split(index, np.cumsum(shape.index_sizes)[:-1])
     frame_of_column, clip_of_column, is_blank, frame_index, positions, pool_index, starts = parts

@@ -50,12 +50,17 @@ class Qwen2Audio(nn.Module):
 
     def encode_audio(self, clips: Sequence[Samples]) -> tuple[Tensor, ...]:
         """Clips to rows of the decoder's input. clips: float32 [S_i] at 16 kHz, on the host -> one [A_i, C] each."""
-        rows = self.encode_pack(pack_clips(clips, self.device))
+        pack = pack_clips(clips, self.device)
+        rows = self.encode_mel(self.mel(pack), pack)
         return rows.split_with_sizes([num_audio_tokens(len(clip)) for clip in clips])
 
-    def encode_pack(self, pack: PackedClips) -> Tensor:
-        """-> [A, C]: the rows of all clips, in order."""
-        return self.projector(self.audio_tower(pack))
+    def mel(self, pack: PackedClips) -> Tensor:
+        """Spectrogram of all clips, blanks included. -> [num_mel_bins, S]."""
+        return self.audio_tower.mel(pack)
+
+    def encode_mel(self, mel: Tensor, pack: PackedClips) -> Tensor:
+        """mel: [num_mel_bins, S] -> [A, C]: the rows of all clips, in order."""
+        return self.projector(self.audio_tower(mel, pack))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids: int32 [T] -> [T, C]."""

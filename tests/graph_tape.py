@@ -150,10 +150,13 @@ class DeviceBackend:
         return (weights[..., None] * values).sum(1).masked_fill((visible <= 0)[:, None, None], 0.0)
 
     def encode(self, query: Tensor, key: Tensor, value: Tensor, metadata: EncoderMetadata) -> Tensor:
-        """Dense, and masked to each frame's own clip."""
+        """Dense, and masked to each frame's own clip, where NaN stays."""
         assert metadata.starts is not None
         frames = torch.arange(query.shape[0], dtype=torch.int32)
         clip = torch.searchsorted(metadata.starts[1:].contiguous(), frames, right=True)
         scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[2] ** 0.5
-        weights = scores.masked_fill(clip[:, None] != clip[None], float("-inf")).softmax(-1)
-        return torch.einsum("hqk,khd->qhd", weights, value)
+        own = clip[:, None] == clip[None]
+        weights = scores.masked_fill(~own, float("-inf")).softmax(-1).nan_to_num(0.0)
+        out = torch.einsum("hqk,khd->qhd", weights, value.nan_to_num(0.0))
+        broken = own.float() @ value.isnan().flatten(1).any(1).float() > 0
+        return out.masked_fill(broken[:, None, None], float("nan"))

@@ -122,6 +122,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, tiny: Qwen2Audio) ->
         monkeypatch.setattr(engine.memory, "run_largest_step", lambda *_: gpu.run(*steps))
         monkeypatch.setattr(engine.memory, "graph_capture", lambda *_: ("a capture" if graphs else None, ""))
         monkeypatch.setattr(engine.memory, "DecodeGraphs", FakeGraphs)
+        monkeypatch.setattr(engine.memory, "EncoderGraphs", FakeGraphs)
         args = EngineArgs("", **{"max_num_batched_tokens": 64, "encoder_cache_bytes": 128 * MIB, **changes})
         return measure(args, OnCuda(tiny), 16, 128)  # type: ignore[arg-type]
 
@@ -162,8 +163,8 @@ def test_fragmentation_counts_as_the_allocator_holds_it(gpu: FakeGpu) -> None:
 
 
 def test_graphs_are_counted_by_two_of_them(measured: Callable[..., MemoryUse], gpu: FakeGpu) -> None:
-    """The largest brings the pool; each of the other three takes as much as the second."""
-    assert measured((GIB,), (600 * MIB, 20 * MIB)).graphs == 660 * MIB
+    """The largest of a kind brings the pool; each of the other three takes as much as the second."""
+    assert measured((GIB,), (600 * MIB, 20 * MIB, 200 * MIB, 10 * MIB)).graphs == 660 * MIB + 230 * MIB
     gpu.others = 0
     assert measured((GIB,)).graphs == 0
 
@@ -208,7 +209,7 @@ def test_too_little_is_an_error_that_says_who_has_it_and_what_to_lower(
     measured: Callable[..., MemoryUse], monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, tiny: Qwen2Audio
 ) -> None:
     gpu.others = 50 * GIB
-    use = measured((9 * GIB,), (600 * MIB, 20 * MIB))
+    use = measured((9 * GIB,), (600 * MIB, 20 * MIB, 200 * MIB, 10 * MIB))
     monkeypatch.setattr(engine.memory, "measure", lambda *_: use)
     with pytest.raises(EngineStartError) as caught:
         num_kv_blocks(EngineArgs(""), OnCuda(tiny), 16, 4096)  # type: ignore[arg-type]
@@ -216,7 +217,7 @@ def test_too_little_is_an_error_that_says_who_has_it_and_what_to_lower(
     assert text.startswith("the KV cache holds 0 tokens, --max-model-len is 4096: lower that")
     flags = ("kv-cache-memory-bytes", "gpu-memory-utilization", "max-num-batched-tokens", "max-num-seqs")
     assert all(f"--{flag}" in text for flag in (*flags, "enforce-eager"))
-    for size in ("80.00 GiB", "have 50.00", "take 25.00", "graphs 0.64", "clips 0.12"):
+    for size in ("80.00 GiB", "have 50.00", "take 25.00", "graphs 0.87", "clips 0.12"):
         assert size in text
 
 
