@@ -357,3 +357,15 @@ def test_a_replay_that_fails_is_a_step_that_fails(
     monkeypatch.setattr(DecodeGraphs, "replay", brittle)
     assert_same(run(core, requests()), expected)
     assert calls > 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [False, True], ids=["one by one", "overlap"])
+def test_real_graphs_change_no_answer(gqa_folder: Path, overlap: bool) -> None:
+    on_gpu: dict[str, Any] = {"device": "cuda", "dtype": "float32", "gpu_memory_utilization": 0.5}
+    plain = build(gqa_folder, **on_gpu, async_scheduling=False, enforce_eager=True)
+    expected = run(plain, requests())
+    core = build(gqa_folder, **on_gpu, async_scheduling=overlap)
+    assert "of decode steps" in core.info.cuda_graphs
+    assert plain.info.cuda_graphs == "off (--enforce-eager)"
+    assert_same(run(core, requests()), expected)
