@@ -96,6 +96,12 @@ class Settings(BaseModel):
         "prepare a step while the device computes the one before; default: on CUDA only, as a CPU has nothing to "
         "spare meanwhile, and not with --num-speculative-tokens",
     )
+    enforce_eager: bool = _setting(
+        "engine",
+        False,
+        "launch every kernel of every step, without CUDA graphs: slower at small batches, starts sooner, and takes "
+        "less of the GPU's memory",
+    )
     max_num_batched_tokens: int | None = _setting(
         "engine",
         None,

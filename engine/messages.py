@@ -154,6 +154,8 @@ class EngineInfo:
     load_seconds: float
     async_scheduling: bool = False
     """Whether steps overlap (see engine/core.py)."""
+    cuda_graphs: str = ""
+    """How many there are and what they took, or why there are none. Empty where nobody would look for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,8 @@ class EngineArgs:
 
     None: on CUDA, where the device computes beside the host, if there are no drafts.
     """
+    enforce_eager: bool = False
+    """Launch every kernel of every step: no CUDA graphs."""
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores."""
     num_speculative_tokens: int = 0

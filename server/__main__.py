@@ -117,6 +117,7 @@ def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         prefix_cache_bytes=None if settings.prefix_cache_mb is None else int(settings.prefix_cache_mb * 2**20),
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
         async_scheduling=settings.async_scheduling,
+        enforce_eager=settings.enforce_eager,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         num_speculative_tokens=settings.num_speculative_tokens,
