@@ -27,13 +27,18 @@ class Qwen2Decoder(nn.Module):
     def forward(self, hidden: Tensor, positions: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
         """hidden: [T, C], positions: int32 [T], kv: [L, 2, N, P, Hkv, D] -> [T, C]."""
         cos, sin = self.rotary.tables(positions, hidden.dtype)
+        addend = None
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, kv[index], metadata)
-        return self.norm(hidden)
+            hidden, addend = layer(hidden, addend, cos, sin, kv[index], metadata)
+        return self.norm.after_adding(hidden, addend)[0]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block.
+
+    What a block adds to the residual travels beside it until the next norm, which adds and normalises in one pass
+    where it can; where the product adds it (`Linear.forward_onto`), nothing travels.
+    """
 
     def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
         super().__init__()
@@ -43,11 +48,19 @@ class DecoderLayer(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
-        """hidden: [T, C] -> [T, C]."""
-        hidden = self.self_attn(self.input_layernorm(hidden), hidden, cos, sin, kv_layer, metadata)
-        return self.mlp(self.post_attention_layernorm(hidden), hidden)
+        self,
+        hidden: Tensor,
+        addend: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: [T, C], addend: what is still to be added to it, if anything -> the same."""
+        x, hidden = self.input_layernorm.after_adding(hidden, addend)
+        hidden, addend = self.self_attn(x, hidden, cos, sin, kv_layer, metadata)
+        x, hidden = self.post_attention_layernorm.after_adding(hidden, addend)
+        return self.mlp(x, hidden)
 
 
 class SelfAttention(nn.Module):
@@ -63,11 +76,11 @@ class SelfAttention(nn.Module):
 
     def forward(
         self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
-        """x, residual: [T, C] -> [T, C], the residual added."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """x, residual: [T, C] -> the residual, and what is still to be added to it."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
         out = self.backend.decode(heads, cos, sin, kv_layer, metadata)
-        return self.o_proj(out.flatten(1), residual)
+        return self.o_proj.forward_onto(out.flatten(1), residual)
 
 
 class Mlp(nn.Module):
@@ -79,6 +92,6 @@ class Mlp(nn.Module):
         self.activation = SwiGlu()
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x, residual: [T, C] -> [T, C], the residual added."""
-        return self.down_proj(self.activation(self.gate_up_proj(x)), residual)
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x, residual: [T, C] -> the residual, and what is still to be added to it."""
+        return self.down_proj.forward_onto(self.activation(self.gate_up_proj(x)), residual)
