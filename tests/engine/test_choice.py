@@ -99,7 +99,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shift", range(3))
 def test_kernels_choose_the_token_of_the_definition(shift: int, kernel_device: torch.device) -> None:
-    """Each kind of logits under some of the parameters, together all of them."""
+    """Each kind of logits under three of the parameters."""
     kinds = [NUCLEI[(place * 3 + shift) % len(NUCLEI)] for place in range(len(shapes()))]
     assert_by_definition(torch.stack(list(shapes().values())), kinds, kernel_device)
 
