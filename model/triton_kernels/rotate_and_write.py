@@ -121,8 +121,8 @@ def _launch(
 @jit
 def _kernel(
     heads, cos, sin, query, key, kv_layer, slot_mapping, kv_scales,
-    stride_token, stride_head, stride_cos, stride_sin, stride_kv, stride_block, stride_offset, stride_kv_head, stride_scales,
-    num_heads, num_kv_heads, query_groups,
+    stride_token, stride_head, stride_cos, stride_sin, stride_kv, stride_block, stride_offset, stride_kv_head,
+    stride_scales, num_heads, num_kv_heads, query_groups,
     BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, HEADS: tl.constexpr,
     KEEP_KEY: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip

@@ -62,15 +62,10 @@ def test_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "has_top_p"),
-    [
-        (sampling, "_best_of_chunks", False),
-        (sampling, "_draw_of_chunks", False),
-        (sampling, "_draw_of_chunks", True),
-        (top_p, "_narrow", True),
-    ],
+    ("name", "has_top_p"),
+    [("_best_of_chunks", False), ("_draw_of_chunks", False), ("_draw_of_chunks", True), ("_narrow", True)],
 )
-def test_sampling(module: ModuleType, name: str, has_top_p: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling(name: str, has_top_p: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, ones, zeros = torch.zeros(2, V), torch.ones(2), torch.zeros(2, dtype=torch.int64)
     launches = {
         kernel: record(monkeypatch, where, kernel)
