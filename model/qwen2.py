@@ -24,12 +24,24 @@ class Qwen2Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
 
-    def forward(self, hidden: Tensor, positions: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """hidden: [T, C], positions: int32 [T], kv: [L, 2, N, P, Hkv, D] -> [T, C]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        kv: Tensor,
+        metadata: AttentionMetadata,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """hidden: [T, C], positions: int32 [T], kv: [L, 2, N, P, Hkv, D] -> [T, C]; of `rows`, int64 [R]: [R, C].
+
+        Of the last layer, rows that nobody asks for need only their keys and values.
+        """
         cos, sin = self.rotary.tables(positions, hidden.dtype)
         addend = None
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            hidden, addend = layer(hidden, addend, cos, sin, kv[index], metadata)
+            wanted = rows if index == last else None
+            hidden, addend = layer(hidden, addend, cos, sin, kv[index], metadata, wanted)
         return self.norm.after_adding(hidden, addend)[0]
 
 
@@ -55,10 +67,11 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         kv_layer: Tensor,
         metadata: AttentionMetadata,
+        rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden: [T, C], addend: what is still to be added to it, if anything -> the same."""
+        """hidden: [T, C], addend: what is still to be added to it, if anything -> the same; of `rows`: [R, C]."""
         x, hidden = self.input_layernorm.after_adding(hidden, addend)
-        hidden, addend = self.self_attn(x, hidden, cos, sin, kv_layer, metadata)
+        hidden, addend = self.self_attn(x, hidden, cos, sin, kv_layer, metadata, rows)
         x, hidden = self.post_attention_layernorm.after_adding(hidden, addend)
         return self.mlp(x, hidden)
 
@@ -75,11 +88,20 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self,
+        x: Tensor,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x, residual: [T, C] -> the residual, and what is still to be added to it."""
+        """x, residual: [T, C] -> the residual, and what is still to be added to it; of `rows`, int64 [R]: [R, C]."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
         out = self.backend.decode(heads, cos, sin, kv_layer, metadata)
+        if rows is not None:
+            out, residual = out[rows], residual[rows]
         return self.o_proj.forward_onto(out.flatten(1), residual)
 
 
