@@ -51,6 +51,7 @@ from model.config import (
 )
 from model.cpu import compile_kernels, prepare_for_cpu
 from model.cuda import prepare_for_cuda
+from model.dummy import load_dummy
 from model.errors import ModelError
 from model.loader import Progress, load_model
 
@@ -294,7 +295,8 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     with ThreadPoolExecutor(1) as compiler:
         if device.type == "cpu":
             compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
-        model = load_model(folder, config, backend, dtype, device, progress)
+        load = load_dummy if args.load_format == "dummy" else load_model
+        model = load(folder, config, backend, dtype, device, progress)
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
