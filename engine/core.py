@@ -51,6 +51,7 @@ from model.config import (
     num_audio_tokens,
 )
 from model.cpu import compile_kernels, prepare_for_cpu
+from model.cuda import prepare_for_cuda
 from model.dummy import load_dummy
 from model.errors import ModelError
 from model.loader import Progress, load_model
@@ -297,6 +298,8 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
+    else:
+        prepare_for_cuda(model)
     block_size = backend.block_sizes[0]
     num_blocks = num_kv_blocks(replace(args, max_num_batched_tokens=token_budget), model, block_size, max_model_len)
     guidance = Guidance(

@@ -22,6 +22,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.kernel: Callable[[Tensor, Tensor, float], Tensor] | None = None
         """Computes the same in one pass, where there is one."""
+        self.add_kernel: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None = None
+        """`after_adding` in one pass, where there is one."""
+
+    def after_adding(self, x: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x: [T, C], addend: [T, C] or nothing -> the sum normalised, and the sum, [T, C] each."""
+        if addend is None:
+            return self(x), x
+        if self.add_kernel is not None:
+            return self.add_kernel(x, addend, self.weight, self.eps)
+        total = x + addend
+        return self(total), total
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, C] -> [T, C]."""

@@ -40,6 +40,13 @@ class Linear(nn.Linear):
             out = F.gelu(out)
         return out if residual is None else residual + out
 
+    def forward_onto(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A residual and what is still to be added to it: nothing where the product itself adds to it at no cost.
+
+        x: [T, K], residual: [T, N] -> [T, N] and [T, N] or None, for `RMSNorm.after_adding`.
+        """
+        return (residual, self(x)) if self._packed is None else (self(x, residual), None)
+
     def pack(self, *, int8: bool = False) -> None:
         """Take the blocked layout and let go of the weights as loaded. float32 or bfloat16, on a CPU."""
         weight: Tensor = self.weight

@@ -37,14 +37,20 @@ class Qwen2Decoder(nn.Module):
         Of the last layer, rows that nobody asks for need only their keys and values.
         """
         cos, sin = self.rotary.tables(positions, hidden.dtype)
+        addend = None
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, kv[index], metadata, rows if index == last else None)
-        return self.norm(hidden)
+            wanted = rows if index == last else None
+            hidden, addend = layer(hidden, addend, cos, sin, kv[index], metadata, wanted)
+        return self.norm.after_adding(hidden, addend)[0]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block.
+
+    What a block adds to the residual travels beside it until the next norm, which adds and normalises in one pass
+    where it can; where the product adds it (`Linear.forward_onto`), nothing travels.
+    """
 
     def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
         super().__init__()
@@ -56,15 +62,18 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
+        addend: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         kv_layer: Tensor,
         metadata: AttentionMetadata,
         rows: Tensor | None,
-    ) -> Tensor:
-        """hidden: [T, C] -> [T, C]; of `rows`, int64 [R]: [R, C]."""
-        hidden = self.self_attn(self.input_layernorm(hidden), hidden, cos, sin, kv_layer, metadata, rows)
-        return self.mlp(self.post_attention_layernorm(hidden), hidden)
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: [T, C], addend: what is still to be added to it, if anything -> the same; of `rows`: [R, C]."""
+        x, hidden = self.input_layernorm.after_adding(hidden, addend)
+        hidden, addend = self.self_attn(x, hidden, cos, sin, kv_layer, metadata, rows)
+        x, hidden = self.post_attention_layernorm.after_adding(hidden, addend)
+        return self.mlp(x, hidden)
 
 
 class SelfAttention(nn.Module):
@@ -87,13 +96,13 @@ class SelfAttention(nn.Module):
         kv_layer: Tensor,
         metadata: AttentionMetadata,
         rows: Tensor | None,
-    ) -> Tensor:
-        """x, residual: [T, C] -> [T, C], the residual added; of `rows`, int64 [R]: [R, C]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """x, residual: [T, C] -> the residual, and what is still to be added to it; of `rows`, int64 [R]: [R, C]."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
         out = self.backend.decode(heads, cos, sin, kv_layer, metadata)
         if rows is not None:
             out, residual = out[rows], residual[rows]
-        return self.o_proj(out.flatten(1), residual)
+        return self.o_proj.forward_onto(out.flatten(1), residual)
 
 
 class Mlp(nn.Module):
@@ -105,6 +114,6 @@ class Mlp(nn.Module):
         self.activation = SwiGlu()
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x, residual: [T, C] -> [T, C], the residual added."""
-        return self.down_proj(self.activation(self.gate_up_proj(x)), residual)
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x, residual: [T, C] -> the residual, and what is still to be added to it."""
+        return self.down_proj.forward_onto(self.activation(self.gate_up_proj(x)), residual)

@@ -6,13 +6,13 @@ import os
 
 from torch import Tensor
 
-__all__ = ["IS_INSTALLED", "IS_INTERPRETED", "constexpr", "jit", "next_power_of_2", "reaches", "tl"]
+__all__ = ["IS_INSTALLED", "IS_INTERPRETED", "constexpr", "jit", "jit_with", "next_power_of_2", "reaches", "tl"]
 
 try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
+    jit = jit_with = triton.jit
     constexpr = tl.constexpr
     IS_INSTALLED = True
 except ImportError:
@@ -21,6 +21,10 @@ except ImportError:
     def jit(function=None, **_options):
         """The function as it is."""
         return function or (lambda function: function)
+
+    def jit_with(**_options):
+        """`jit`, once it is given a function."""
+        return jit
 
     def constexpr(value):
         """The value as it is."""

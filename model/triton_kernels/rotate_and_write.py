@@ -111,6 +111,7 @@ def _launch(
         heads, cos, sin, query, query if key is None else key, kv_layer, slot_mapping,
         cos if kv_scales is None else kv_scales,
         *heads.stride()[:2], cos.stride(0), sin.stride(0), *kv_layer.stride()[:4],
+        0 if kv_scales is None else kv_scales.stride(0),
         num_heads, num_kv_heads, query_groups,
         BLOCK_SIZE=kv_layer.shape[2], HALF=head_dim // 2, HALF_PADDED=half, HEADS=heads_at_once,
         KEEP_KEY=key is not None, SCALED=kv_scales is not None,
@@ -121,7 +122,7 @@ def _launch(
 def _kernel(
     heads, cos, sin, query, key, kv_layer, slot_mapping, kv_scales,
     stride_token, stride_head, stride_cos, stride_sin, stride_kv, stride_block, stride_offset, stride_kv_head,
-    num_heads, num_kv_heads, query_groups,
+    stride_scales, num_heads, num_kv_heads, query_groups,
     BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, HEADS: tl.constexpr,
     KEEP_KEY: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +157,7 @@ def _kernel(
             value_scale = 1.0
             if SCALED:
                 key_scale = tl.load(kv_scales + head, mask=head < count, other=1.0)
-                value_scale = tl.load(kv_scales + num_kv_heads + head, mask=head < count, other=1.0)
+                value_scale = tl.load(kv_scales + stride_scales + head, mask=head < count, other=1.0)
             source = row + num_kv_heads * stride_head + head * stride_head + place
             first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
             second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)

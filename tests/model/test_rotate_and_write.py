@@ -84,7 +84,8 @@ def test_e4m3_holds_the_value_over_its_heads_scale_and_saturates(head_dim: int, 
     heads = torch.zeros(len(SLOTS), 6, head_dim)
     heads[:, 2:4], heads[:, 4:6] = stored * scales[0, :, None], stored.flip(0) * scales[1, :, None]
     heads[0, 2, 3], heads[0, 5, 1], heads[2, 5, 0] = 1e6, -1e6, float("-inf")
-    heads, scales = heads.to(kernel_device), scales.to(kernel_device)
+    heads = heads.to(kernel_device)
+    scales = torch.cat((scales, scales), dim=1).to(kernel_device)[:, 2:]  # a rank's share of all heads
     cos = torch.ones(len(SLOTS), 1, head_dim // 2, device=kernel_device)
     cache = torch.full((2, N, P, 2, head_dim), POISON, device=kernel_device).to(torch.float8_e4m3fn)
     expected = cache.clone()
