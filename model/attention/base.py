@@ -53,6 +53,9 @@ class AttentionBackend(Protocol):
     name: str
     block_sizes: tuple[int, ...]
     """Block sizes it supports, the preferred one first."""
+    supports_graphs: bool
+    """Whether what it queues depends on device tensors and on the shapes of a step alone, so that it can be captured
+    and replayed. Host lengths are upper bounds then; rows of length 0 with slot -1 write nothing and give zeros."""
 
     def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """The precision in which keys and values are kept for weights of a precision."""
