@@ -78,7 +78,10 @@ class Settings(BaseModel):
         "engine", "auto", "precision of weights and activations"
     )
     attention_backend: Literal["auto", "cpu", "triton", "flash_attn", "torch_varlen", "reference"] = _setting(
-        "engine", "auto", "attention kernels"
+        "engine",
+        "auto",
+        "attention kernels; auto on CUDA: triton, our own, else flash_attn (version 3 on Hopper where it is "
+        "installed, else 2), else torch_varlen, else plain torch, the reference; on a CPU: cpu",
     )
     quantization: Literal["int8"] | None = _setting(
         "engine", None, "int8: on a CPU, products of few rows read weights of 8 bits; default: weights as stored"

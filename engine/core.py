@@ -42,7 +42,7 @@ from engine.prompt_lookup import PromptLookup
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus, choice_seed
 from engine.speculation import Speculation
-from model.attention import select_backend
+from model.attention import AttentionBackend, select_backend
 from model.config import (
     MAX_AUDIO_SAMPLES,
     MAX_MEL_FRAMES,
@@ -285,7 +285,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         torch.set_num_threads(args.num_threads)
     overlaps = _overlaps(args, device)
     dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
-    backend, attention_reason = select_backend(args.attention_backend, device)
+    backend, attention_reason = _backend(args, config, device, dtype)
     token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
     max_model_len = _context_length(args, config)
     if args.quantization == "int8" and device.type != "cpu":
@@ -338,6 +338,13 @@ def _runner(
         if capture is None:
             return runner, f"off ({reason})" if device.type == "cuda" else ""
         return runner, runner.capture_graphs(capture, args.max_num_seqs, max_model_len)
+
+
+def _backend(
+    args: EngineArgs, config: Qwen2AudioConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[AttentionBackend, str]:
+    head_dims = config.text.head_dim, config.audio.head_dim
+    return select_backend(args.attention_backend, device, dtype=dtype, head_dims=head_dims)
 
 
 def _scheduler(
