@@ -57,7 +57,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
+        self.num_kv_heads = num_kv_heads
         self.backend = backend
+        self.kv_scales: Tensor | None = None
+        """float32 [2, Hkv] where the cache is in float8: see model/kv_scales.py."""
         self.qkv_proj = Linear(config.hidden_size, (num_heads + 2 * num_kv_heads) * self.head_dim)
         self.o_proj = Linear(num_heads * self.head_dim, config.hidden_size, bias=False)
 
@@ -66,7 +69,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """x, residual: [T, C] -> [T, C], the residual added."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
-        out = self.backend.decode(heads, cos, sin, kv_layer, metadata)
+        out = self.backend.decode(heads, cos, sin, kv_layer, metadata, self.kv_scales)
         return self.o_proj(out.flatten(1), residual)
 
 

@@ -36,11 +36,17 @@ class CpuBackend(ReferenceBackend):
         return super().kv_cache_dtype(weights, device) if weights == torch.float16 else weights
 
     def decode(
-        self, heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D]."""
-        if heads.dtype == torch.float16:
-            return super().decode(heads, cos, sin, kv_layer, metadata)
+        if heads.dtype == torch.float16 or kv_scales is not None:
+            return super().decode(heads, cos, sin, kv_layer, metadata, kv_scales)
         query, key, value = rotate(heads, cos, sin, kv_layer.shape[3])
         query_lens = metadata.query_lens
         num_short = next((row for row, length in enumerate(query_lens) if length > MAX_QUERIES), len(query_lens))
