@@ -77,6 +77,12 @@ class Settings(BaseModel):
     quantization: Literal["int8"] | None = _setting(
         "engine", None, "int8: on a CPU, products of few rows read weights of 8 bits; default: weights as stored"
     )
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = _setting(
+        "engine",
+        "auto",
+        "precision of keys and values: fp8 (e4m3) holds twice the tokens of bfloat16, under scales that the "
+        "checkpoint brings or that no value exceeds; auto: as computed",
+    )
     seed: int | None = _setting(
         "engine", None, "base of the seeds of requests that bring none; default: from the system", ge=0, lt=2**63
     )

@@ -36,6 +36,7 @@ from engine.messages import (
 )
 from engine.model_runner import ModelRunner, PendingStep, StepResult
 from engine.plan import ScheduledSequence, SchedulerOutput
+from engine.precision import check_quantization, keeps_kv_in_fp8
 from engine.prefix_cache import PrefixCache
 from engine.prompt_lookup import PromptLookup
 from engine.scheduler import Scheduler
@@ -288,12 +289,12 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     backend, attention_reason = select_backend(args.attention_backend, device)
     token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
     max_model_len = _context_length(args, config)
-    if args.quantization == "int8" and device.type != "cpu":
-        raise EngineStartError("--quantization int8 is for --device cpu")
+    check_quantization(args, device, dtype)
+    fp8_kv = keeps_kv_in_fp8(args, backend)
     with ThreadPoolExecutor(1) as compiler:
         if device.type == "cpu":
             compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
-        model = load_model(folder, config, backend, dtype, device, progress)
+        model = load_model(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv)
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
@@ -313,6 +314,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         max_num_batched_tokens=token_budget,
         max_num_batched_tokens_reason=budget_reason,
         async_scheduling=overlaps,
+        kv_cache_dtype=str(model.kv_cache_dtype).removeprefix("torch."),
         load_seconds=time.monotonic() - started,
     )
     guidance = Guidance(

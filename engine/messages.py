@@ -154,6 +154,7 @@ class EngineInfo:
     load_seconds: float
     async_scheduling: bool = False
     """Whether steps overlap (see engine/core.py)."""
+    kv_cache_dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,8 @@ class EngineArgs:
     attention_backend: str = "auto"
     quantization: str | None = None
     """"int8": see model/linear.py; on a CPU only."""
+    kv_cache_dtype: str = "auto"
+    """"fp8" or "fp8_e4m3": see model/kv_scales.py."""
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
     max_num_seqs: int = 64

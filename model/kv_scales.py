@@ -10,6 +10,8 @@ dividing by them and multiplying again rounds nothing; those of a checkpoint are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def bounding_scales(layer: DecoderLayer) -> Tensor:
     return torch.exp2(torch.log2(largest.clamp(min=torch.finfo(torch.float32).tiny) / fp8.MAX).ceil())
 
 
-def set_kv_scales(layers: list[DecoderLayer], stored: dict[int, Tensor]) -> None:
+def set_kv_scales(layers: Iterable[DecoderLayer], stored: dict[int, Tensor]) -> None:
     """Give each layer its scales: those of the checkpoint, float32 [2] or [2, Hkv], or bounds."""
     for index, layer in enumerate(layers):
         scales = stored.get(index)

@@ -2,7 +2,8 @@
 
 One table maps each published name (the hub's, as written by `save_pretrained` of transformers 4 and 5) to a
 parameter of ours and, where we keep several published tensors as one (`qkv_proj`, `gate_up_proj`), to its rows.
-Weights are read memory-mapped and copied straight into place: the peak is the model plus one tensor.
+Weights are read memory-mapped and copied straight into place: the peak is the model plus one tensor. Quantised ones
+come as the numbers that they stand for (`model.quantization.stored`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor
 from model.attention.base import AttentionBackend
 from model.config import AudioConfig, Qwen2AudioConfig, TextConfig, read_json
 from model.errors import CheckpointError
+from model.kv_scales import set_kv_scales
+from model.quantization.stored import StoredWeights
+from model.quantization.stored import kv_scales as stored_kv_scales
 from model.qwen2_audio import Qwen2Audio
 
 LM_HEAD = "language_model.lm_head.weight"
@@ -56,27 +60,40 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    fp8_kv: bool = False,
 ) -> Qwen2Audio:
-    """Build the model and fill it from `folder`. Raises CheckpointError."""
+    """Build the model and fill it from `folder`. Raises CheckpointError.
+
+    fp8_kv: give its layers the scales that make its KV cache one of float8.
+    """
     files = _tensor_files(folder)
+    stored = StoredWeights(set(files), config.quantization)
     table = name_table(config)
-    if config.text.tie_word_embeddings and LM_HEAD not in files:
+    has_head = bool(stored.expected([LM_HEAD]) & set(files))
+    if config.text.tie_word_embeddings and not has_head:
         del table[LM_HEAD]
-    _check_names(set(files), set(table))
+    _check_names(set(files) - stored.kv_scale_names, stored.expected(table))
     with torch.device("meta"):
         model = Qwen2Audio(config, backend)
-    if LM_HEAD in files:  # a file that holds its own lm_head is right, whatever its config says of tying
+    if has_head:  # a file that holds its own lm_head is right, whatever its config says of tying
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    if LM_HEAD not in files:  # leaving the meta device gave each module a parameter of its own
+    if not has_head:  # leaving the meta device gave each module a parameter of its own
         model.lm_head.weight = model.decoder.embed_tokens.weight
     for layer in model.audio_tower.layers:
         layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
     parameters = dict(model.named_parameters())
-    for done, (name, tensor) in enumerate(_read(folder, files), start=1):
-        _copy(name, tensor, table[name], parameters)
+    kv_scales: dict[str, Tensor] = {}
+    for done, (name, tensor) in enumerate(stored.assemble(_read(folder, files)), start=1):
+        if name in stored.kv_scale_names:
+            kv_scales[name] = tensor
+        else:
+            _copy(name, tensor, table[name], parameters)
         if progress is not None:
-            progress(done, len(files))
+            progress(done, len(table) + len(stored.kv_scale_names))
+    if fp8_kv:
+        set_kv_scales(model.decoder.layers, stored_kv_scales(kv_scales, config.text))
     return model
 
 

@@ -6,6 +6,8 @@ together (`qkv_proj`, `gate_up_proj`); the loader knows how the published tensor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionMetadata
@@ -20,7 +22,8 @@ class Qwen2Decoder(nn.Module):
     def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, backend) for _ in range(config.num_hidden_layers))
+        blocks = [DecoderLayer(config, backend) for _ in range(config.num_hidden_layers)]
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
 
