@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -69,9 +69,11 @@ class PendingStep:
     plan: SchedulerOutput
     encoded: EncodedClips
     hidden: Tensor | None = None
-    """[T, C], normalised; None when the plan has no tokens."""
+    """[R, C], normalised: of the packed rows that may be sampled. None when the plan has no tokens."""
     last_rows: tuple[int, ...] = ()
-    """Of each sequence of the plan, its last row of `hidden`."""
+    """Of each sequence of the plan, its last packed row."""
+    place_of: dict[int, int] = field(default_factory=dict)
+    """Packed row -> row of `hidden`."""
     masks: Future[TokenMasks] | None = None
     """Of all that sample, when they could be begun with the forward pass."""
     sampled: SampledBatch | None = None
@@ -115,9 +117,11 @@ class ModelRunner:
                 copy_blocks(self.kv_cache, to_device(pairs, self.device))
             batch = build_input_batch(plan, self.block_size)
             step.last_rows = batch.last_rows
+            wanted = sample_rows(plan, step.last_rows)
+            step.place_of = {row: place for place, row in enumerate(wanted)}
             if before is None:
-                step.masks = self.guidance.fill(list(sample_rows(plan, step.last_rows).values()))
-            step.hidden = self._forward(batch, before)
+                step.masks = self.guidance.fill(list(wanted.values()))
+            step.hidden = self._forward(batch, before, list(wanted))
         return step
 
     @torch.inference_mode()
@@ -128,7 +132,10 @@ class ModelRunner:
             return
         batch = list(rows.values())
         masks = step.masks or self.guidance.fill(batch)
-        logits = self.model.compute_logits(step.hidden[to_device(list(rows), self.device)])
+        hidden = step.hidden
+        if len(rows) < len(step.place_of):  # some have ended since
+            hidden = hidden[to_device([step.place_of[row] for row in rows], self.device)]
+        logits = self.model.compute_logits(hidden)
         step.hidden = None
         step.sampled = self.sampler.sample(logits, batch, masks.result() if masks else None)
 
@@ -137,8 +144,8 @@ class ModelRunner:
         self.sampler.penalties.release(sequence_id)
         self.guidance.release(sequence_id)
 
-    def _forward(self, batch: InputBatch, before: PendingStep | None) -> Tensor:
-        """-> normalised hidden states, [T, C]."""
+    def _forward(self, batch: InputBatch, before: PendingStep | None, wanted: list[int]) -> Tensor:
+        """-> normalised hidden states of the packed rows that are wanted, [R, C]."""
         packed = to_device(batch.packed, self.device)
         num_tokens, num_rows = len(batch.token_ids), len(batch.seq_lens)
         token_ids, positions, slot_mapping, seq_lens, query_starts, block_table = torch.split(
@@ -165,7 +172,8 @@ class ModelRunner:
             seq_lens_device=seq_lens,
             query_starts=query_starts,
         )
-        return self.model(hidden, positions, self.kv_cache, metadata)
+        rows = to_device(wanted, self.device, torch.int64) if len(wanted) < num_tokens else None
+        return self.model(hidden, positions, self.kv_cache, metadata, rows)
 
     def _encode_all(self, clips: Rows[AudioClip]) -> EncodedClips:
         """Fill `_clips`."""

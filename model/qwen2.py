@@ -27,11 +27,22 @@ class Qwen2Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
 
-    def forward(self, hidden: Tensor, positions: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """hidden: [T, C], positions: int32 [T], kv: [L, 2, N, P, Hkv, D] -> [T, C]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        kv: Tensor,
+        metadata: AttentionMetadata,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """hidden: [T, C], positions: int32 [T], kv: [L, 2, N, P, Hkv, D] -> [T, C]; of `rows`, int64 [R]: [R, C].
+
+        Of the last layer, rows that nobody asks for need only their keys and values.
+        """
         cos, sin = self.rotary.tables(positions, hidden.dtype)
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, kv[index], metadata)
+            hidden = layer(hidden, cos, sin, kv[index], metadata, rows if index == last else None)
         return self.norm(hidden)
 
 
@@ -46,10 +57,16 @@ class DecoderLayer(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        rows: Tensor | None,
     ) -> Tensor:
-        """hidden: [T, C] -> [T, C]."""
-        hidden = self.self_attn(self.input_layernorm(hidden), hidden, cos, sin, kv_layer, metadata)
+        """hidden: [T, C] -> [T, C]; of `rows`, int64 [R]: [R, C]."""
+        hidden = self.self_attn(self.input_layernorm(hidden), hidden, cos, sin, kv_layer, metadata, rows)
         return self.mlp(self.post_attention_layernorm(hidden), hidden)
 
 
@@ -68,11 +85,20 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self,
+        x: Tensor,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        rows: Tensor | None,
     ) -> Tensor:
-        """x, residual: [T, C] -> [T, C], the residual added."""
+        """x, residual: [T, C] -> [T, C], the residual added; of `rows`, int64 [R]: [R, C]."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
         out = self.backend.decode(heads, cos, sin, kv_layer, metadata, self.kv_scales)
+        if rows is not None:
+            out, residual = out[rows], residual[rows]
         return self.o_proj(out.flatten(1), residual)
 
 

@@ -59,9 +59,19 @@ class Qwen2Audio(nn.Module):
         """token_ids: int32 [T] -> [T, C]."""
         return self.decoder.embed_tokens(token_ids)
 
-    def forward(self, hidden: Tensor, positions: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """hidden: [T, C], positions: int32 [T], kv: [L, 2, N, P, Hkv, D] -> normalised hidden [T, C]."""
-        return self.decoder(hidden, positions, kv, metadata)
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        kv: Tensor,
+        metadata: AttentionMetadata,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """hidden: [T, C], positions: int32 [T], kv: [L, 2, N, P, Hkv, D] -> normalised hidden of `rows`, [R, C].
+
+        rows: int64 [R]; None: all T.
+        """
+        return self.decoder(hidden, positions, kv, metadata, rows)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [B, C] -> float32 [B, V]."""

@@ -132,9 +132,12 @@ def record_prefill(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> list[to
     decode = model.decoder.forward
 
     def recorded(*arguments: Any) -> torch.Tensor:
-        hidden: torch.Tensor = decode(*arguments)
+        *step, wanted = arguments
+        hidden: torch.Tensor = decode(*step)
         rows.extend(model.compute_logits(hidden))
-        return hidden
+        alone: torch.Tensor = decode(*arguments)
+        torch.testing.assert_close(alone, hidden if wanted is None else hidden[wanted], atol=1e-5, rtol=0)
+        return alone
 
     monkeypatch.setattr(model.decoder, "forward", recorded)
     return rows
