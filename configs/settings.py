@@ -74,8 +74,11 @@ class Settings(BaseModel):
     attention_backend: Literal["auto", "cpu", "triton", "flash_attn", "torch_varlen", "reference"] = _setting(
         "engine", "auto", "attention kernels"
     )
-    quantization: Literal["int8"] | None = _setting(
-        "engine", None, "int8: on a CPU, products of few rows read weights of 8 bits; default: weights as stored"
+    quantization: Literal["fp8", "int8"] | None = _setting(
+        "engine",
+        None,
+        "fp8: on a GPU, the decoder multiplies in float8 (e4m3); int8: on a CPU, products of few rows read weights "
+        "of 8 bits; default: weights as stored",
     )
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = _setting(
         "engine",

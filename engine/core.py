@@ -53,6 +53,7 @@ from model.config import (
 from model.cpu import compile_kernels, prepare_for_cpu
 from model.errors import ModelError
 from model.loader import Progress, load_model
+from model.quantization.fp8_linear import round_to_fp8
 
 logger = logging.getLogger(__name__)
 
@@ -298,6 +299,8 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
+    elif args.quantization == "fp8":
+        round_to_fp8(model.decoder)
     block_size = backend.block_sizes[0]
     num_blocks = num_kv_blocks(replace(args, max_num_batched_tokens=token_budget), model, block_size, max_model_len)
     info = EngineInfo(

@@ -205,7 +205,7 @@ class EngineArgs:
     dtype: str = "auto"
     attention_backend: str = "auto"
     quantization: str | None = None
-    """"int8": see model/linear.py; on a CPU only."""
+    """"int8", on a CPU: see model/linear.py. "fp8", on a GPU: see model/quantization/fp8_linear.py."""
     kv_cache_dtype: str = "auto"
     """"fp8" or "fp8_e4m3": see model/kv_scales.py."""
     max_model_len: int | None = None

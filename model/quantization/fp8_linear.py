@@ -1,8 +1,8 @@
 """Products in float8: weights with a scale for each output, activations rounded row by row as they come.
 
-cuBLAS and CUTLASS multiply both (`torch._scaled_mm`, scales by row and by column) and sum in float32: Hopper's faster
-way to sum keeps fewer bits than thousands of products need. The encoder and its projector are left alone, as are
-embeddings, norms and the lm_head: a tenth of the weights that a step reads, and its errors are in every choice.
+cuBLAS and CUTLASS multiply both (`torch._scaled_mm`, scales by row and by column) and sum in float32: Hopper's
+faster way to sum keeps fewer bits than thousands of products need. The encoder and its projector are left alone, as
+are embeddings, norms and the lm_head: a tenth of the weights that a step reads, and its errors are in every choice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model import fp8
 from model.errors import ConfigError
 from model.linear import Linear
 from model.qwen2 import Qwen2Decoder
