@@ -172,8 +172,8 @@ class ModelRunner:
             seq_lens_device=seq_lens,
             query_starts=query_starts,
         )
-        rows = to_device(wanted, self.device, torch.int64) if len(wanted) < num_tokens else None
-        return self.model(hidden, positions, self.kv_cache, metadata, rows)
+        some = to_device(wanted, self.device, torch.int64) if len(wanted) < num_tokens else None
+        return self.model(hidden, positions, self.kv_cache, metadata, some)
 
     def _encode_all(self, clips: Rows[AudioClip]) -> EncodedClips:
         """Fill `_clips`."""
