@@ -36,7 +36,7 @@ from engine.messages import (
 )
 from engine.model_runner import ModelRunner, PendingStep, StepResult
 from engine.plan import ScheduledSequence, SchedulerOutput
-from engine.precision import check_quantization, keeps_kv_in_fp8
+from engine.precision import check_quantization, keeps_int4_packed, keeps_kv_in_fp8
 from engine.prefix_cache import PrefixCache
 from engine.prompt_lookup import PromptLookup
 from engine.scheduler import Scheduler
@@ -291,11 +291,11 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
     max_model_len = _context_length(args, config)
     check_quantization(args, device, dtype)
-    fp8_kv = keeps_kv_in_fp8(args, backend)
+    fp8_kv, keep_int4 = keeps_kv_in_fp8(args, backend), keeps_int4_packed(args, device)
     with ThreadPoolExecutor(1) as compiler:
         if device.type == "cpu":
             compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
-        model = load_model(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv)
+        model = load_model(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv, keep_int4=keep_int4)
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")

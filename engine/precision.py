@@ -7,6 +7,7 @@ import torch
 from engine.errors import EngineStartError
 from engine.messages import EngineArgs
 from model.attention import AttentionBackend
+from model.triton_kernels.language import IS_INSTALLED
 
 FP8_CAPABILITY = (8, 9)
 """The first GPUs that multiply float8 (Ada); Hopper's have 9.0."""
@@ -24,6 +25,11 @@ def keeps_kv_in_fp8(args: EngineArgs, backend: AttentionBackend) -> bool:
             "choose another with --attention-backend"
         )
     return True
+
+
+def keeps_int4_packed(args: EngineArgs, device: torch.device) -> bool:
+    """Whether there are kernels for a checkpoint's weights of four bits."""
+    return device.type == "cuda" and args.quantization is None and IS_INSTALLED
 
 
 def check_quantization(args: EngineArgs, device: torch.device, dtype: torch.dtype) -> None:

@@ -24,7 +24,7 @@ def bounding_scales(layer: DecoderLayer) -> Tensor:
     attention = layer.self_attn
     gain = layer.input_layernorm.weight.float()
     num_rows = 2 * attention.num_kv_heads * attention.head_dim
-    weight, bias = attention.qkv_proj.weight[-num_rows:].float(), attention.qkv_proj.bias[-num_rows:].float()
+    weight, bias = attention.qkv_proj.dense_weight()[-num_rows:].float(), attention.qkv_proj.bias[-num_rows:].float()
     bound = gain.shape[0] ** 0.5 * (weight * gain).norm(dim=1) + bias.abs()
     keys, values = bound.view(2, attention.num_kv_heads, attention.head_dim)
     first, second = keys.chunk(2, dim=1)

@@ -14,7 +14,7 @@ same rounded weights in the layer's own precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,17 @@ from torch import Tensor, nn
 MAX_INT8_ROWS = 4
 """Of a product: with more, reading 8 bits a weight saves less than unpacking them costs (docs/decisions.md)."""
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
-"""x [T, K], b [N] or None -> x W^T + b, [T, N]."""
+
+class Product(Protocol):
+    """A weight in a form of its own, and products with it."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [T, K], bias: [N] or None -> x W^T + b, [T, N]."""
+        ...
+
+    def dense(self) -> Tensor:
+        """What the weight stands for. -> float32 [N, K]."""
+        ...
 
 
 class Linear(nn.Linear):
@@ -52,6 +61,10 @@ class Linear(nn.Linear):
         """Compute x W^T + b by `product` and let go of the weight as loaded."""
         self._product = product
         del self.weight
+
+    def dense_weight(self) -> Tensor:
+        """[N, K], of a layer that has not been packed."""
+        return self._product.dense() if self._product else self.weight
 
     def pack(self, *, int8: bool = False) -> None:
         """Take the blocked layout and let go of the weights as loaded. float32 or bfloat16, on a CPU."""

@@ -20,6 +20,9 @@ from model.attention.base import AttentionBackend
 from model.config import AudioConfig, Qwen2AudioConfig, TextConfig, read_json
 from model.errors import CheckpointError
 from model.kv_scales import set_kv_scales
+from model.linear import Linear
+from model.quantization.int4_linear import Int4Weight
+from model.quantization.packing import GroupedWeight
 from model.quantization.stored import StoredWeights
 from model.quantization.stored import kv_scales as stored_kv_scales
 from model.qwen2_audio import Qwen2Audio
@@ -62,10 +65,12 @@ def load_model(
     progress: Progress | None = None,
     *,
     fp8_kv: bool = False,
+    keep_int4: bool = False,
 ) -> Qwen2Audio:
     """Build the model and fill it from `folder`. Raises CheckpointError.
 
-    fp8_kv: give its layers the scales that make its KV cache one of float8.
+    fp8_kv: give its layers the scales that make its KV cache one of float8. keep_int4: leave weights of four bits of
+    the decoder packed where the kernels take them; everything else is unpacked.
     """
     files = _tensor_files(folder)
     stored = StoredWeights(set(files), config.quantization)
@@ -83,28 +88,69 @@ def load_model(
         model.lm_head.weight = model.decoder.embed_tokens.weight
     for layer in model.audio_tower.layers:
         layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
-    parameters = dict(model.named_parameters())
     kv_scales: dict[str, Tensor] = {}
+    places = Places(model, keep_int4=keep_int4)
     for done, (name, tensor) in enumerate(stored.assemble(_read(folder, files)), start=1):
         if name in stored.kv_scale_names:
+            assert isinstance(tensor, Tensor), "they are stored as they are"
             kv_scales[name] = tensor
         else:
-            _copy(name, tensor, table[name], parameters)
+            places.put(name, tensor, table[name])
         if progress is not None:
             progress(done, len(table) + len(stored.kv_scale_names))
+    places.finish()
     if fp8_kv:
         set_kv_scales(model.decoder.layers, stored_kv_scales(kv_scales, config.text))
     return model
 
 
-def _copy(name: str, tensor: Tensor, target: Target, parameters: dict[str, torch.nn.Parameter]) -> None:
-    parameter = parameters[target.parameter]
-    place = parameter if target.rows is None else parameter[target.start : target.start + target.rows]
-    if place.shape != tensor.shape:
-        raise CheckpointError(
-            f"tensor {name} has shape {list(tensor.shape)}; config.json calls for {list(place.shape)}"
-        )
-    place.copy_(tensor)
+class Places:
+    """A model's parameters while they are filled."""
+
+    def __init__(self, model: Qwen2Audio, *, keep_int4: bool) -> None:
+        self._model = model
+        self._keep_int4 = keep_int4
+        self._parameters = dict(model.named_parameters())
+        self._packed: dict[str, dict[int, GroupedWeight]] = {}
+        """By the parameter, then by the first row, what waits for the rest of a fused weight."""
+
+    def put(self, name: str, weight: Tensor | GroupedWeight, target: Target) -> None:
+        """Raises CheckpointError when the shape is not the place's."""
+        place = self._place(target)
+        shape = list(weight.shape if isinstance(weight, Tensor) else reversed(weight.codes.shape))
+        if list(place.shape) != shape:
+            raise CheckpointError(f"tensor {name} has shape {shape}; config.json calls for {list(place.shape)}")
+        if isinstance(weight, Tensor):
+            place.copy_(weight)
+        elif not (self._keep_int4 and target.parameter.startswith("decoder.layers.")):
+            place.copy_(weight.dense())
+        else:
+            parts = self._packed.setdefault(target.parameter, {})
+            parts[target.start] = weight
+            if sum(part.codes.shape[1] for part in parts.values()) == self._parameters[target.parameter].shape[0]:
+                self._fuse(target.parameter, self._packed.pop(target.parameter))
+
+    def finish(self) -> None:
+        """Unpack what has no whole weight to be part of: its neighbours are not quantised."""
+        for parameter, parts in self._packed.items():
+            self._unpack(parameter, parts)
+
+    def _fuse(self, parameter: str, parts: dict[int, GroupedWeight]) -> None:
+        ordered = [parts[start] for start in sorted(parts)]
+        if not Int4Weight.fits(ordered):
+            self._unpack(parameter, parts)
+            return
+        layer = self._model.get_submodule(parameter.removesuffix(".weight"))
+        assert isinstance(layer, Linear)
+        layer.replace_weight(Int4Weight(ordered, self._parameters.pop(parameter).device))
+
+    def _unpack(self, parameter: str, parts: dict[int, GroupedWeight]) -> None:
+        for start, part in parts.items():
+            self._place(Target(parameter, start, part.codes.shape[1])).copy_(part.dense())
+
+    def _place(self, target: Target) -> Tensor:
+        parameter = self._parameters[target.parameter]
+        return parameter if target.rows is None else parameter[target.start : target.start + target.rows]
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 `X.qweight`, `X.qzeros` and `X.scales` become `X.weight`, as do a float8 `X.weight` and its `X.weight_scale`. Their
 parts may lie in different shards. Scales of a KV cache, which some checkpoints bring beside their weights, are told
-apart here too. The loader stays what it is: it never sees a packed tensor.
+apart here too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.config import TextConfig
 from model.errors import CheckpointError
-from model.quantization.packing import dequantise_awq, dequantise_gptq
+from model.quantization.packing import GroupedWeight, unpack_awq, unpack_gptq
 from model.quantization.scheme import QuantizationScheme
 
 PARTS = {
@@ -50,7 +50,7 @@ class StoredWeights:
             expected |= self._parts(module) if module in self._modules and module != name else {name}
         return expected
 
-    def assemble(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def assemble(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor | GroupedWeight]]:
         """Weights under their plain names, each when its last part has come. Raises CheckpointError."""
         waiting: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors:
@@ -61,7 +61,7 @@ class StoredWeights:
             parts = waiting.setdefault(module, {})
             parts[part] = tensor
             if len(parts) == len(self._parts(module)):
-                yield f"{module}.weight", self._dequantise(module, waiting.pop(module))
+                yield f"{module}.weight", self._unpack(module, waiting.pop(module))
 
     def _parts(self, module: str) -> set[str]:
         """Names of the tensors of a quantised module."""
@@ -73,7 +73,7 @@ class StoredWeights:
             if part in required or f"{module}.{part}" in self._held
         }
 
-    def _dequantise(self, module: str, parts: dict[str, Tensor]) -> Tensor:
+    def _unpack(self, module: str, parts: dict[str, Tensor]) -> Tensor | GroupedWeight:
         assert self.scheme is not None
         try:
             if self.scheme.method == "fp8":
@@ -81,8 +81,8 @@ class StoredWeights:
             if any(parts[part].dtype != torch.int32 for part in ("qweight", "qzeros")):
                 raise ValueError("packed integers must be int32")
             if self.scheme.method == "awq":
-                return dequantise_awq(self.scheme, **parts)
-            return dequantise_gptq(self.scheme, **parts)
+                return unpack_awq(self.scheme, **parts)
+            return unpack_gptq(self.scheme, **parts)
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(f"tensors {module}.*: {error}") from None
 

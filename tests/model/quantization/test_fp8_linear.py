@@ -13,6 +13,7 @@ from model.linear import Linear
 from model.quantization.fp8_linear import Fp8Weight, round_to_fp8
 from model.qwen2 import Qwen2Decoder
 from model.triton_kernels.round_rows import round_rows, round_rows_plain
+from tests.model.quantization.checkpoints import fp8 as stored_fp8
 
 SHAPES = [(1, 16, 16), (3, 64, 48), (16, 48, 160), (130, 512, 32)]
 
@@ -65,6 +66,11 @@ def test_every_weight_is_within_half_a_step_of_what_it_was() -> None:
     assert ((dense - weight).abs() <= torch.maximum(weight.abs() / 16, smallest) * 1.001).all()
     assert not dense[7].any()
     assert not torch.equal(dense, weight), "nothing was rounded"
+
+
+def test_a_float8_checkpoint_by_output_is_rounded_to_the_numbers_that_it_stored() -> None:
+    parts, dense = stored_fp8(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)), per_channel=True)
+    assert torch.equal(Fp8Weight(dense.bfloat16()).codes.float(), parts["weight"].float())
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.quantization.packing import AWQ_PLACES, dequantise_awq, dequantise_gptq, unpack
+from model.quantization.packing import AWQ_PLACES, unpack, unpack_awq, unpack_gptq
 from model.quantization.scheme import QuantizationScheme
 from tests.model.quantization.checkpoints import (
     AWQ_ORDER,
@@ -41,7 +41,7 @@ def test_what_is_packed_comes_back(bits: int, rows: int, words: int, seed: int) 
 def test_awq_weights_are_what_their_numbers_mean(group_size: int, groups: int, words: int, seed: int) -> None:
     weight = torch.randn(8 * words, groups * group_size, generator=torch.Generator().manual_seed(seed))
     parts, expected = awq(weight, group_size)
-    assert torch.equal(dequantise_awq(QuantizationScheme("awq", 4, group_size), **parts), expected)
+    assert torch.equal(unpack_awq(QuantizationScheme("awq", 4, group_size), **parts).dense(), expected)
     assert (expected - weight).abs().max() < 0.6 * float(parts["scales"].max()), "within a step of what it was"
 
 
@@ -55,19 +55,19 @@ def test_gptq_weights_are_what_their_numbers_mean(
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))
     parts, expected = gptq(weight, group_size, bits=bits, v2=v2, act_order=act_order)
     scheme = QuantizationScheme("gptq", bits, group_size, 0 if v2 else 1)
-    assert torch.equal(dequantise_gptq(scheme, **parts), expected)
+    assert torch.equal(unpack_gptq(scheme, **parts).dense(), expected)
     if not act_order:
         del parts["g_idx"]
-        assert torch.equal(dequantise_gptq(scheme, **parts), expected), "groups follow each other without g_idx"
+        assert torch.equal(unpack_gptq(scheme, **parts).dense(), expected), "groups follow each other without g_idx"
     other = QuantizationScheme("gptq", bits, group_size, 1 if v2 else 0)
-    assert not torch.equal(dequantise_gptq(other, **parts), expected)
+    assert not torch.equal(unpack_gptq(other, **parts).dense(), expected)
 
 
 def test_a_zero_point_of_zero_survives_gptqs_first_format() -> None:
     scheme = QuantizationScheme("gptq", 4, -1, 1)
     stored = torch.full((1, 1), -1, dtype=torch.int32)  # 0 - 1 in each of 8 places
-    weight = dequantise_gptq(scheme, torch.full((1, 8), 0x11111111, dtype=torch.int32), stored, torch.ones(1, 8))
-    assert weight.unique().tolist() == [1.0]
+    weight = unpack_gptq(scheme, torch.full((1, 8), 0x11111111, dtype=torch.int32), stored, torch.ones(1, 8))
+    assert weight.dense().unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("broken", ["scales", "qzeros", "g_idx", "group"])
@@ -78,4 +78,4 @@ def test_shapes_that_do_not_fit_are_refused(broken: str) -> None:
     else:
         parts[broken] = parts[broken][:-1]
     with pytest.raises(ValueError, match=r"group|integers"):
-        dequantise_gptq(QuantizationScheme("gptq", 4, 32), **parts)
+        unpack_gptq(QuantizationScheme("gptq", 4, 32), **parts)
