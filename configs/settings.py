@@ -60,6 +60,12 @@ class Settings(BaseModel):
     )
     revision: str | None = _setting("model", None, "branch, tag or commit on the hub")
     download_dir: str | None = _setting("model", None, "where downloads are kept; default: the hub's own cache")
+    load_format: Literal["auto", "dummy"] = _setting(
+        "model",
+        "auto",
+        "auto: the checkpoint's weights; dummy: random ones of its shape, to measure speed with, for which its "
+        "configuration and tokenizer are enough",
+    )
     generation_config: Literal["auto", "none"] = _setting(
         "model",
         "auto",

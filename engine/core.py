@@ -51,6 +51,7 @@ from model.config import (
     num_audio_tokens,
 )
 from model.cpu import compile_kernels, prepare_for_cpu
+from model.dummy import load_dummy
 from model.errors import ModelError
 from model.loader import Progress, load_model
 from model.quantization.fp8_linear import round_to_fp8
@@ -295,7 +296,10 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     with ThreadPoolExecutor(1) as compiler:
         if device.type == "cpu":
             compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
-        model = load_model(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv, keep_int4=keep_int4)
+        if args.load_format == "dummy":
+            model = load_dummy(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv)
+        else:
+            model = load_model(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv, keep_int4=keep_int4)
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")

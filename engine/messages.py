@@ -201,6 +201,8 @@ class EngineArgs:
     """How to build an engine. Sent to the engine process when it starts."""
 
     model_folder: str
+    load_format: str = "auto"
+    """"dummy": random weights of the folder's shape (model/dummy.py)."""
     device: str = "auto"
     dtype: str = "auto"
     attention_backend: str = "auto"

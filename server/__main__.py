@@ -74,7 +74,10 @@ async def start_engine(settings: Settings) -> tuple[ProcessEngineClient, Path]:
     Raises ModelError and EngineStartError.
     """
     checkpoint = resolve_checkpoint(
-        settings.model or str(BUNDLED_CHECKPOINT), settings.revision, settings.download_dir
+        settings.model or str(BUNDLED_CHECKPOINT),
+        settings.revision,
+        settings.download_dir,
+        with_weights=settings.load_format == "auto",
     )
     return await ProcessEngineClient.start(_engine_args(settings, checkpoint)), checkpoint
 
@@ -101,6 +104,7 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
 def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
     return EngineArgs(
         model_folder=str(checkpoint),
+        load_format=settings.load_format,
         device=settings.device,
         dtype=settings.dtype,
         attention_backend=settings.attention_backend,

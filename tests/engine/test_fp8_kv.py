@@ -101,3 +101,9 @@ def test_what_cannot_be_honoured_is_refused_by_name(gqa_folder: Path, monkeypatc
         EngineCore.build(args_of(gqa_folder, kv_cache_dtype="fp8", attention_backend="reference"))
     with pytest.raises(EngineStartError, match="--quantization fp8 is for --device cuda"):
         EngineCore.build(args_of(gqa_folder, quantization="fp8"))
+
+
+def test_random_weights_have_the_smaller_cache_too(gqa_folder: Path) -> None:
+    core = build(gqa_folder, load_format="dummy")
+    assert core.runner.kv_cache.dtype == fp8.DTYPE
+    assert all(len(tokens) == 32 for tokens in run(core, ["no audio"]).values())
