@@ -13,6 +13,7 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -292,14 +293,13 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
     max_model_len = _context_length(args, config)
     check_quantization(args, device, dtype)
-    fp8_kv, keep_int4 = keeps_kv_in_fp8(args, backend), keeps_int4_packed(args, device)
+    fp8_kv = keeps_kv_in_fp8(args, backend)
+    packed = partial(load_model, keep_int4=keeps_int4_packed(args, device))
+    load = load_dummy if args.load_format == "dummy" else packed
     with ThreadPoolExecutor(1) as compiler:
         if device.type == "cpu":
             compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
-        if args.load_format == "dummy":
-            model = load_dummy(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv)
-        else:
-            model = load_model(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv, keep_int4=keep_int4)
+        model = load(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv)
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
