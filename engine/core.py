@@ -13,6 +13,7 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from engine.messages import (
 )
 from engine.model_runner import ModelRunner, PendingStep, StepResult
 from engine.plan import ScheduledSequence, SchedulerOutput
+from engine.precision import check_quantization, keeps_int4_packed, keeps_kv_in_fp8
 from engine.prefix_cache import PrefixCache
 from engine.prompt_lookup import PromptLookup
 from engine.scheduler import Scheduler
@@ -55,6 +57,7 @@ from model.cuda import prepare_for_cuda
 from model.dummy import load_dummy
 from model.errors import ModelError
 from model.loader import Progress, load_model
+from model.quantization.fp8_linear import round_to_fp8
 from model.qwen2_audio import Qwen2Audio
 
 logger = logging.getLogger(__name__)
@@ -288,17 +291,20 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     backend, attention_reason = _backend(args, config, device, dtype)
     token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
     max_model_len = _context_length(args, config)
-    if args.quantization == "int8" and device.type != "cpu":
-        raise EngineStartError("--quantization int8 is for --device cpu")
+    check_quantization(args, device, dtype)
+    fp8_kv = keeps_kv_in_fp8(args, backend)
+    packed = partial(load_model, keep_int4=keeps_int4_packed(args, device))
+    load = load_dummy if args.load_format == "dummy" else packed
     with ThreadPoolExecutor(1) as compiler, out_of_memory_means("while loading: the weights need a larger GPU"):
         if device.type == "cpu":
             compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
-        load = load_dummy if args.load_format == "dummy" else load_model
-        model = load(folder, config, backend, dtype, device, progress)
+        model = load(folder, config, backend, dtype, device, progress, fp8_kv=fp8_kv)
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
     else:
+        if args.quantization == "fp8":
+            round_to_fp8(model.decoder)
         prepare_for_cuda(model)
     block_size = backend.block_sizes[0]
     num_blocks = num_kv_blocks(replace(args, max_num_batched_tokens=token_budget), model, block_size, max_model_len)
@@ -321,6 +327,7 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         max_num_batched_tokens_reason=budget_reason,
         async_scheduling=overlaps,
         cuda_graphs=graphs,
+        kv_cache_dtype=str(model.kv_cache_dtype).removeprefix("torch."),
         load_seconds=time.monotonic() - started,
     )
     kept = max_kept_blocks(args, model, block_size, max_model_len)
@@ -344,7 +351,8 @@ def _backend(
     args: EngineArgs, config: Qwen2AudioConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[AttentionBackend, str]:
     head_dims = config.text.head_dim, config.audio.head_dim
-    return select_backend(args.attention_backend, device, dtype=dtype, head_dims=head_dims)
+    fp8_kv = args.kv_cache_dtype != "auto"
+    return select_backend(args.attention_backend, device, dtype=dtype, head_dims=head_dims, fp8_kv=fp8_kv)
 
 
 def _scheduler(

@@ -156,6 +156,7 @@ class EngineInfo:
     """Whether steps overlap (see engine/core.py)."""
     cuda_graphs: str = ""
     """How many there are and what they took, or why there are none. Empty where nobody would look for any."""
+    kv_cache_dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,9 @@ class EngineArgs:
     dtype: str = "auto"
     attention_backend: str = "auto"
     quantization: str | None = None
-    """"int8": see model/linear.py; on a CPU only."""
+    """"int8", on a CPU: see model/linear.py. "fp8", on a GPU: see model/quantization/fp8_linear.py."""
+    kv_cache_dtype: str = "auto"
+    """"fp8" or "fp8_e4m3": see model/kv_scales.py."""
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
     max_num_seqs: int = 64

@@ -2,7 +2,8 @@
 
 One table maps each published name (the hub's, as written by `save_pretrained` of transformers 4 and 5) to a
 parameter of ours and, where we keep several published tensors as one (`qkv_proj`, `gate_up_proj`), to its rows.
-Weights are read memory-mapped and copied straight into place: the peak is the model plus one tensor.
+Weights are read memory-mapped and copied straight into place: the peak is the model plus one tensor. Quantised ones
+come as the numbers that they stand for (`model.quantization.stored`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from torch import Tensor
 from model.attention.base import AttentionBackend
 from model.config import AudioConfig, Qwen2AudioConfig, TextConfig, read_json
 from model.errors import CheckpointError
+from model.kv_scales import set_kv_scales
+from model.linear import Linear
+from model.quantization.int4_linear import Int4Weight
+from model.quantization.packing import GroupedWeight
+from model.quantization.stored import StoredWeights
+from model.quantization.stored import kv_scales as stored_kv_scales
 from model.qwen2_audio import Qwen2Audio
 
 LM_HEAD = "language_model.lm_head.weight"
@@ -56,38 +63,94 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    fp8_kv: bool = False,
+    keep_int4: bool = False,
 ) -> Qwen2Audio:
-    """Build the model and fill it from `folder`. Raises CheckpointError."""
+    """Build the model and fill it from `folder`. Raises CheckpointError.
+
+    fp8_kv: give its layers the scales that make its KV cache one of float8. keep_int4: leave weights of four bits of
+    the decoder packed where the kernels take them; everything else is unpacked.
+    """
     files = _tensor_files(folder)
+    stored = StoredWeights(set(files), config.quantization)
     table = name_table(config)
-    if config.text.tie_word_embeddings and LM_HEAD not in files:
+    has_head = bool(stored.expected([LM_HEAD]) & set(files))
+    if config.text.tie_word_embeddings and not has_head:
         del table[LM_HEAD]
-    _check_names(set(files), set(table))
+    _check_names(set(files) - stored.kv_scale_names, stored.expected(table))
     with torch.device("meta"):
         model = Qwen2Audio(config, backend)
-    if LM_HEAD in files:  # a file that holds its own lm_head is right, whatever its config says of tying
+    if has_head:  # a file that holds its own lm_head is right, whatever its config says of tying
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    if LM_HEAD not in files:  # leaving the meta device gave each module a parameter of its own
+    if not has_head:  # leaving the meta device gave each module a parameter of its own
         model.lm_head.weight = model.decoder.embed_tokens.weight
     for layer in model.audio_tower.layers:
         layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
-    parameters = dict(model.named_parameters())
-    for done, (name, tensor) in enumerate(_read(folder, files), start=1):
-        _copy(name, tensor, table[name], parameters)
+    kv_scales: dict[str, Tensor] = {}
+    places = Places(model, keep_int4=keep_int4)
+    for done, (name, tensor) in enumerate(stored.assemble(_read(folder, files)), start=1):
+        if name in stored.kv_scale_names:
+            assert isinstance(tensor, Tensor), "they are stored as they are"
+            kv_scales[name] = tensor
+        else:
+            places.put(name, tensor, table[name])
         if progress is not None:
-            progress(done, len(files))
+            progress(done, len(table) + len(stored.kv_scale_names))
+    places.finish()
+    if fp8_kv:
+        set_kv_scales(model.decoder.layers, stored_kv_scales(kv_scales, config.text))
     return model
 
 
-def _copy(name: str, tensor: Tensor, target: Target, parameters: dict[str, torch.nn.Parameter]) -> None:
-    parameter = parameters[target.parameter]
-    place = parameter if target.rows is None else parameter[target.start : target.start + target.rows]
-    if place.shape != tensor.shape:
-        raise CheckpointError(
-            f"tensor {name} has shape {list(tensor.shape)}; config.json calls for {list(place.shape)}"
-        )
-    place.copy_(tensor)
+class Places:
+    """A model's parameters while they are filled."""
+
+    def __init__(self, model: Qwen2Audio, *, keep_int4: bool) -> None:
+        self._model = model
+        self._keep_int4 = keep_int4
+        self._parameters = dict(model.named_parameters())
+        self._packed: dict[str, dict[int, GroupedWeight]] = {}
+        """By the parameter, then by the first row, what waits for the rest of a fused weight."""
+
+    def put(self, name: str, weight: Tensor | GroupedWeight, target: Target) -> None:
+        """Raises CheckpointError when the shape is not the place's."""
+        place = self._place(target)
+        shape = list(weight.shape if isinstance(weight, Tensor) else reversed(weight.codes.shape))
+        if list(place.shape) != shape:
+            raise CheckpointError(f"tensor {name} has shape {shape}; config.json calls for {list(place.shape)}")
+        if isinstance(weight, Tensor):
+            place.copy_(weight)
+        elif not (self._keep_int4 and target.parameter.startswith("decoder.layers.")):
+            place.copy_(weight.dense())
+        else:
+            parts = self._packed.setdefault(target.parameter, {})
+            parts[target.start] = weight
+            if sum(part.codes.shape[1] for part in parts.values()) == self._parameters[target.parameter].shape[0]:
+                self._fuse(target.parameter, self._packed.pop(target.parameter))
+
+    def finish(self) -> None:
+        """Unpack what has no whole weight to be part of: its neighbours are not quantised."""
+        for parameter, parts in self._packed.items():
+            self._unpack(parameter, parts)
+
+    def _fuse(self, parameter: str, parts: dict[int, GroupedWeight]) -> None:
+        ordered = [parts[start] for start in sorted(parts)]
+        if not Int4Weight.fits(ordered):
+            self._unpack(parameter, parts)
+            return
+        layer = self._model.get_submodule(parameter.removesuffix(".weight"))
+        assert isinstance(layer, Linear)
+        layer.replace_weight(Int4Weight(ordered, self._parameters.pop(parameter).device))
+
+    def _unpack(self, parameter: str, parts: dict[int, GroupedWeight]) -> None:
+        for start, part in parts.items():
+            self._place(Target(parameter, start, part.codes.shape[1])).copy_(part.dense())
+
+    def _place(self, target: Target) -> Tensor:
+        parameter = self._parameters[target.parameter]
+        return parameter if target.rows is None else parameter[target.start : target.start + target.rows]
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:

@@ -6,6 +6,8 @@ together (`qkv_proj`, `gate_up_proj`); the loader knows how the published tensor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionMetadata
@@ -20,7 +22,8 @@ class Qwen2Decoder(nn.Module):
     def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, backend) for _ in range(config.num_hidden_layers))
+        blocks = [DecoderLayer(config, backend) for _ in range(config.num_hidden_layers)]
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
 
@@ -83,7 +86,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
+        self.num_kv_heads = num_kv_heads
         self.backend = backend
+        self.kv_scales: Tensor | None = None
+        """float32 [2, Hkv] where the cache is in float8: see model/kv_scales.py."""
         self.qkv_proj = Linear(config.hidden_size, (num_heads + 2 * num_kv_heads) * self.head_dim)
         self.o_proj = Linear(num_heads * self.head_dim, config.hidden_size, bias=False)
 
@@ -99,7 +105,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x, residual: [T, C] -> the residual, and what is still to be added to it; of `rows`, int64 [R]: [R, C]."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H + 2 Hkv, D]
-        out = self.backend.decode(heads, cos, sin, kv_layer, metadata)
+        out = self.backend.decode(heads, cos, sin, kv_layer, metadata, self.kv_scales)
         if rows is not None:
             out, residual = out[rows], residual[rows]
         return self.o_proj.forward_onto(out.flatten(1), residual)

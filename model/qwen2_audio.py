@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from model import fp8
 from model.attention.base import AttentionBackend, AttentionMetadata
 from model.audio_encoder import AudioEncoder
 from model.clip_pack import PackedClips, Samples, pack_clips
@@ -46,6 +47,8 @@ class Qwen2Audio(nn.Module):
     @property
     def kv_cache_dtype(self) -> torch.dtype:
         """Precision of keys and values in the cache."""
+        if self.decoder.layers[0].self_attn.kv_scales is not None:
+            return fp8.DTYPE
         return self.backend.kv_cache_dtype(self.dtype, self.device)
 
     def encode_audio(self, clips: Sequence[Samples]) -> tuple[Tensor, ...]:

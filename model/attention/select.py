@@ -25,6 +25,8 @@ from model.errors import ConfigError
 from model.triton_kernels.language import IS_INSTALLED
 
 AMPERE = (8, 0)
+ADA = (8, 9)
+"""The first that converts float8."""
 HOPPER = 9
 SMALLEST_HEAD_DIM = 16
 PAGING_TORCH = (2, 13)
@@ -71,7 +73,7 @@ def _first_available(needs: AttentionNeeds) -> Choice:
 
 
 def _triton(needs: AttentionNeeds) -> Choice:
-    needs.require_cuda(AMPERE)
+    needs.require_cuda(ADA if needs.fp8_kv else AMPERE)
     if not IS_INSTALLED:
         raise Unavailable("the package triton is not installed")
     if odd := [dim for dim in needs.head_dims if dim < SMALLEST_HEAD_DIM or dim & (dim - 1)]:

@@ -24,6 +24,7 @@ class TritonBackend:
     name = "triton"
     block_sizes: tuple[int, ...] = (16,)
     supports_graphs = True
+    supports_fp8_kv = True
 
     def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:  # noqa: ARG002
         """As computed."""
