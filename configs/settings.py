@@ -77,6 +77,14 @@ class Settings(BaseModel):
     quantization: Literal["int8"] | None = _setting(
         "engine", None, "int8: on a CPU, products of few rows read weights of 8 bits; default: weights as stored"
     )
+    tensor_parallel_size: int = _setting(
+        "engine",
+        1,
+        "GPUs of this machine that share one model, for cards that are too small alone; it must divide the numbers "
+        "of attention and key-value heads",
+        ge=1,
+        le=64,
+    )
     seed: int | None = _setting(
         "engine", None, "base of the seeds of requests that bring none; default: from the system", ge=0, lt=2**63
     )

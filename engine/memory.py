@@ -1,4 +1,7 @@
-"""How many KV blocks fit: on CUDA what the worst step leaves when it is run once, on a CPU a fixed budget."""
+"""How many KV blocks fit: on CUDA what the worst step leaves when it is run once, on a CPU a fixed budget.
+
+Of several ranks each has its heads' part of a block, and all have as many blocks as fit on the fullest.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_mode
     block_bytes = bytes_per_block(model.config.text, block_size, model.kv_cache_dtype)
     per_sequence = -(-max_model_len // block_size)
     most = args.max_num_seqs * per_sequence  # more could never be used
-    num_blocks = min(most, _budget(args, model, block_size) // block_bytes)
+    fitting = _budget(args, model, block_size) // block_bytes
+    num_blocks = min(most, model.shard.minimum(fitting, model.device))
     if num_blocks < per_sequence:
         raise EngineStartError(
             f"the KV cache holds {max(0, num_blocks) * block_size} tokens, --max-model-len is {max_model_len}: "
@@ -50,7 +54,7 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
         return args.kv_cache_memory_bytes
     device = model.device
     if device.type != "cuda":
-        return CPU_KV_BYTES
+        return CPU_KV_BYTES // model.shard.size
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     _run_largest_step(args, model, block_size)
@@ -66,8 +70,9 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int) -> int:
 def _run_largest_step(args: EngineArgs, model: Qwen2Audio, block_size: int) -> None:
     """The encoder's largest run, then a sequence that fills the token budget, then all logits that may be needed."""
     device = model.device
-    num_clips = max(1, args.max_encoder_frames // MAX_MEL_FRAMES)
-    model.encode_audio([torch.zeros(MAX_AUDIO_SAMPLES, device=device)] * num_clips)
+    if model.shard.rank == 0:
+        num_clips = max(1, args.max_encoder_frames // MAX_MEL_FRAMES)
+        model.encode_audio([torch.zeros(MAX_AUDIO_SAMPLES, device=device)] * num_clips)
     num_tokens = args.max_num_batched_tokens
     assert num_tokens is not None, "it is resolved when the device is known"
     num_blocks = -(-num_tokens // block_size)

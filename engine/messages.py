@@ -191,6 +191,11 @@ class EngineFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RankReady:
+    """A rank to rank 0, twice: its weights are loaded; it serves."""
+
+
 ToEngine = EngineRequest | AbortRequest | Shutdown
 FromEngine = EngineInfo | StepOutputs | EngineFailed
 
@@ -228,7 +233,11 @@ class EngineArgs:
     None: on CUDA, where the device computes beside the host, if there are no drafts.
     """
     num_threads: int | None = None
-    """CPU threads of the engine; None: all cores."""
+    """CPU threads of the engine, of all its ranks together; None: all cores."""
+    tensor_parallel_size: int = 1
+    """Ranks that share the decoder, each a process with a device of its own (see model/parallel.py)."""
+    rank_timeout_s: float = 30.0
+    """How long a rank waits for another within a step before it gives the engine up."""
     num_speculative_tokens: int = 0
     """Drafts that a decoding sequence may have in a step; 0: no speculative decoding."""
     prompt_lookup_min: int = 2

@@ -2,22 +2,24 @@
 
 One table maps each published name (the hub's, as written by `save_pretrained` of transformers 4 and 5) to a
 parameter of ours and, where we keep several published tensors as one (`qkv_proj`, `gate_up_proj`), to its rows.
-Weights are read memory-mapped and copied straight into place: the peak is the model plus one tensor.
+Weights are read memory-mapped and copied straight into place: the peak is the model plus one tensor. A rank of
+several reads its part of a tensor and no more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from model.attention.base import AttentionBackend
 from model.config import AudioConfig, Qwen2AudioConfig, TextConfig, read_json
 from model.errors import CheckpointError
+from model.parallel import WHOLE, Shard
 from model.qwen2_audio import Qwen2Audio
 
 LM_HEAD = "language_model.lm_head.weight"
@@ -35,10 +37,15 @@ class Target:
     parameter: str
     start: int = 0
     rows: int | None = None
+    split: int | None = None
+    """The dimension of the tensor that the ranks divide; None: each reads all of it."""
 
 
 def name_table(config: Qwen2AudioConfig) -> dict[str, Target]:
-    """Published tensor name -> target, for every tensor that a checkpoint of this shape holds."""
+    """Published tensor name -> target, for every tensor that a checkpoint of this shape holds.
+
+    config: its decoder is the rank's, as `Shard.share` gives it.
+    """
     return dict(
         [
             *_decoder_names(config.text),
@@ -56,38 +63,45 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    shard: Shard = WHOLE,
 ) -> Qwen2Audio:
-    """Build the model and fill it from `folder`. Raises CheckpointError."""
+    """Build a rank's part of the model and fill it from `folder`. Raises CheckpointError and ConfigError."""
+    config = replace(config, text=shard.share(config.text))
     files = _tensor_files(folder)
     table = name_table(config)
     if config.text.tie_word_embeddings and LM_HEAD not in files:
         del table[LM_HEAD]
     _check_names(set(files), set(table))
     with torch.device("meta"):
-        model = Qwen2Audio(config, backend)
+        model = Qwen2Audio(config, backend, shard)
     if LM_HEAD in files:  # a file that holds its own lm_head is right, whatever its config says of tying
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     if LM_HEAD not in files:  # leaving the meta device gave each module a parameter of its own
         model.lm_head.weight = model.decoder.embed_tokens.weight
-    for layer in model.audio_tower.layers:
+    for layer in model.audio_tower.layers if shard.rank == 0 else ():
         layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
     parameters = dict(model.named_parameters())
-    for done, (name, tensor) in enumerate(_read(folder, files), start=1):
-        _copy(name, tensor, table[name], parameters)
+    for done, (name, stored) in enumerate(_read(folder, files), start=1):
+        if shard.rank == 0 or table[name].parameter in parameters:
+            _copy(name, stored, table[name], parameters, shard)
         if progress is not None:
             progress(done, len(files))
     return model
 
 
-def _copy(name: str, tensor: Tensor, target: Target, parameters: dict[str, torch.nn.Parameter]) -> None:
+def _copy(name: str, stored: Any, target: Target, parameters: dict[str, torch.nn.Parameter], shard: Shard) -> None:
+    """stored: safetensors' slice, from which nothing has been read yet."""
     parameter = parameters[target.parameter]
     place = parameter if target.rows is None else parameter[target.start : target.start + target.rows]
-    if place.shape != tensor.shape:
-        raise CheckpointError(
-            f"tensor {name} has shape {list(tensor.shape)}; config.json calls for {list(place.shape)}"
-        )
-    place.copy_(tensor)
+    shape, wanted = list(place.shape), [slice(None)] * place.ndim
+    if target.split is not None:
+        part = shape[target.split]
+        shape[target.split] = part * shard.size
+        wanted[target.split] = slice(part * shard.rank, part * (shard.rank + 1))
+    if stored.get_shape() != shape:
+        raise CheckpointError(f"tensor {name} has shape {stored.get_shape()}; config.json calls for {shape}")
+    place.copy_(stored[tuple(wanted)])
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
@@ -106,8 +120,8 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), SINGLE_FILE)
 
 
-def _read(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors shard by shard. Raises CheckpointError when index and shard disagree."""
+def _read(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """Tensors, as slices to read, shard by shard. Raises CheckpointError when index and shard disagree."""
     for shard in sorted(set(files.values())):
         wanted = {name for name, file in files.items() if file == shard}
         with _open(folder / shard) as file:
@@ -116,7 +130,7 @@ def _read(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
                 odd = sorted(held ^ wanted)[0]
                 raise CheckpointError(f"{shard} and {INDEX_FILE} disagree about tensor {odd}")
             for name in sorted(wanted):
-                yield name, file.get_tensor(name)
+                yield name, file.get_slice(name)
 
 
 def _open(path: Path) -> safe_open:
@@ -135,27 +149,35 @@ def _check_names(held: set[str], wanted: set[str]) -> None:
             raise CheckpointError(f"tensor {sorted(names)[0]}{more} {problem}")
 
 
+_UNCHANGED = {
+    "self_attn.o_proj": 1,
+    "mlp.down_proj": 1,
+    "input_layernorm": None,
+    "post_attention_layernorm": None,
+}
+"""Of a layer, what keeps its name, and the dimension that the ranks divide."""
+
+
 def _decoder_names(config: TextConfig) -> Iterator[tuple[str, Target]]:
-    yield LM_HEAD, Target("lm_head.weight")
-    yield "language_model.model.embed_tokens.weight", Target("decoder.embed_tokens.weight")
+    yield LM_HEAD, Target("lm_head.weight", split=0)
+    yield "language_model.model.embed_tokens.weight", Target("decoder.embed_tokens.weight", split=0)
     yield "language_model.model.norm.weight", Target("decoder.norm.weight")
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     for index in range(config.num_hidden_layers):
         theirs, ours = f"language_model.model.layers.{index}", f"decoder.layers.{index}"
         for kind in ("weight", "bias"):
             fused = f"{ours}.self_attn.qkv_proj.{kind}"
-            yield f"{theirs}.self_attn.q_proj.{kind}", Target(fused, 0, q)
-            yield f"{theirs}.self_attn.k_proj.{kind}", Target(fused, q, kv)
-            yield f"{theirs}.self_attn.v_proj.{kind}", Target(fused, q + kv, kv)
+            yield f"{theirs}.self_attn.q_proj.{kind}", Target(fused, 0, q, split=0)
+            yield f"{theirs}.self_attn.k_proj.{kind}", Target(fused, q, kv, split=0)
+            yield f"{theirs}.self_attn.v_proj.{kind}", Target(fused, q + kv, kv, split=0)
         fused = f"{ours}.mlp.gate_up_proj.weight"
-        yield f"{theirs}.mlp.gate_proj.weight", Target(fused, 0, config.intermediate_size)
+        yield f"{theirs}.mlp.gate_proj.weight", Target(fused, 0, config.intermediate_size, split=0)
         yield (
             f"{theirs}.mlp.up_proj.weight",
-            Target(fused, config.intermediate_size, config.intermediate_size),
+            Target(fused, config.intermediate_size, config.intermediate_size, split=0),
         )
-        same = ("self_attn.o_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
-        for name in same:
-            yield f"{theirs}.{name}.weight", Target(f"{ours}.{name}.weight")
+        for name, split in _UNCHANGED.items():
+            yield f"{theirs}.{name}.weight", Target(f"{ours}.{name}.weight", split=split)
 
 
 def _encoder_names(config: AudioConfig) -> Iterator[tuple[str, Target]]:

@@ -1,0 +1,94 @@
+"""From a checkpoint folder to one rank's model on its device: what every rank does when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine.device import resolve_device, resolve_dtype, resolve_token_budget
+from engine.errors import EngineStartError
+from engine.memory import num_kv_blocks
+from engine.messages import EngineArgs
+from model.attention import select_backend
+from model.config import Qwen2AudioConfig
+from model.cpu import compile_kernels, prepare_for_cpu
+from model.errors import ModelError
+from model.loader import Progress, load_model
+from model.parallel import Shard
+from model.qwen2_audio import Qwen2Audio
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """A rank's model and what was decided about it; but for the model, all ranks decide the same."""
+
+    model: Qwen2Audio
+    dtype_reason: str
+    attention_reason: str
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_batched_tokens_reason: str
+    block_size: int
+
+    def num_kv_blocks(self, args: EngineArgs) -> int:
+        """What fits on every rank: all of them have to call it. Raises EngineStartError when that is too little."""
+        resolved = replace(args, max_num_batched_tokens=self.max_num_batched_tokens)
+        return num_kv_blocks(resolved, self.model, self.block_size, self.max_model_len)
+
+
+def load_rank(args: EngineArgs, shard: Shard, progress: Progress | None = None) -> LoadedRank:
+    """Load one rank's part. Raises EngineStartError, ModelError and torch.OutOfMemoryError."""
+    folder = Path(args.model_folder)
+    config = Qwen2AudioConfig.from_folder(folder)
+    device = resolve_device(args.device, shard)
+    if args.num_threads or shard.size > 1:
+        torch.set_num_threads(max(1, (args.num_threads or torch.get_num_threads()) // shard.size))
+    dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
+    backend, attention_reason = select_backend(args.attention_backend, device)
+    token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
+    max_model_len = _context_length(args, config)
+    if args.quantization == "int8" and device.type != "cpu":
+        raise EngineStartError("--quantization int8 is for --device cpu")
+    with ThreadPoolExecutor(1) as compiler:
+        if device.type == "cpu":
+            compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
+        model = load_model(folder, config, backend, dtype, device, progress, shard)
+    if device.type == "cpu":
+        compiled.result()
+        prepare_for_cpu(model, int8=args.quantization == "int8")
+    return LoadedRank(
+        model=model,
+        dtype_reason=dtype_reason,
+        attention_reason=attention_reason,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=token_budget,
+        max_num_batched_tokens_reason=budget_reason,
+        block_size=backend.block_sizes[0],
+    )
+
+
+@contextmanager
+def start_errors() -> Iterator[None]:
+    """What goes wrong while a rank starts becomes an EngineStartError that says what to mend."""
+    try:
+        yield
+    except ModelError as error:
+        raise EngineStartError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise EngineStartError(
+            "out of memory while loading: lower --max-model-len, --max-num-seqs or --gpu-memory-utilization"
+        ) from error
+
+
+def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:
+    longest = config.text.max_position_embeddings
+    if args.max_model_len is not None and args.max_model_len > longest:
+        raise EngineStartError(
+            f"--max-model-len {args.max_model_len}: the checkpoint was made for {longest} at most"
+        )
+    return args.max_model_len or longest
