@@ -130,8 +130,9 @@ def leave_group() -> None:
 def _loopback_only() -> Iterator[None]:
     """Connections that are made meanwhile stay on this machine."""
     interface = "lo0" if sys.platform == "darwin" else "lo"
-    before = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-    os.environ.update(dict.fromkeys(before, interface))
+    wanted = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:

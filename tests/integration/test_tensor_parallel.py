@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -51,10 +52,29 @@ def test_structured_output_and_logprobs(server: ServerProcess) -> None:
     assert answer.choices[0].logprobs is not None
 
 
+def worker_pid(server: ServerProcess) -> int:
+    """Rank 1: the child of the engine's process."""
+    command = ["pgrep", "-P", str(server.engine_pid()), "-f", "spawn_main"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def listening_addresses(pid: int) -> list[str]:
+    """Addresses at which a process accepts connections, as /proc/net has them."""
+    files = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table.splitlines()]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in files]
+
+
+def test_ranks_listen_on_loopback_only(server: ServerProcess) -> None:
+    found = [*listening_addresses(server.engine_pid()), *listening_addresses(worker_pid(server))]
+    assert found, "they are connected somehow"
+    assert set(found) == {"0100007F"}
+
+
 def test_a_killed_rank_ends_the_server_with_its_name(server: ServerProcess) -> None:
     engine = server.engine_pid()
-    found = subprocess.run(["pgrep", "-P", str(engine), "-f", "spawn_main"], capture_output=True, text=True)
-    os.kill(int(found.stdout), signal.SIGKILL)
+    os.kill(worker_pid(server), signal.SIGKILL)
     assert server.process.wait(15) == 1
     assert any("the engine has died: rank 1 has ended (exit code -9)" in line for line in server.lines)
     assert subprocess.run(["pgrep", "-P", str(engine)], capture_output=True).returncode == 1
