@@ -27,6 +27,7 @@ from benchmarks.report import finish, percentiles
 from engine.client import ProcessEngineClient
 from engine.messages import AudioClip, EngineArgs, EngineRequest, SamplingParams
 from model.config import num_audio_tokens
+from tympan.session import OFFLINE_TOKEN_BUDGET
 
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nAudio 1: <|audio_bos|><|AUDIO|>"
@@ -122,7 +123,11 @@ async def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]
     """Both sides in turn, for each clip length and number of requests."""
     rows = []
     peer = Transformers(folder, args.dtype)
-    client = await ProcessEngineClient.start(EngineArgs(str(folder), dtype=args.engine_dtype or args.dtype))
+    client = await ProcessEngineClient.start(
+        EngineArgs(
+            str(folder), dtype=args.engine_dtype or args.dtype, max_num_batched_tokens=args.max_num_batched_tokens
+        )
+    )
     ours = Tympan(client, folder)
     cells = [(seconds, requests) for seconds in args.clip_seconds for requests in args.requests]
     rounds = tqdm(total=len(cells) * (args.repeats + 1), desc="rounds", unit="round")
@@ -160,6 +165,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[16], help="at once")
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--clip-seconds", type=float, nargs="+", default=[10.0, 2.0])
+    parser.add_argument("--max-num-batched-tokens", type=int, default=OFFLINE_TOKEN_BUDGET, help="ours, of a step")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -64,8 +64,7 @@ class RankRunner:
             seq_lens_device=seq_lens,
             query_starts=query_starts,
         )
-        some = len(step.wanted) < len(token_ids)
-        rows = to_device(step.wanted, self.device, torch.int64) if some else None
+        rows = to_device(step.wanted, self.device, torch.int64) if len(step.wanted) < len(token_ids) else None
         return self.model(hidden, positions, self.kv_cache, metadata, rows)
 
     @torch.inference_mode()

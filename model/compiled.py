@@ -53,9 +53,9 @@ def compile_region(arguments: np.dtype[Any]) -> Callable[[Callable[[Any], None]]
     def decorate(function: Callable[[Any], None]) -> int:
         signature = types.void(types.CPointer(from_dtype(arguments)))
         try:
-            compiled = cfunc(signature, cache=True, fastmath=REASSOCIATE)(function)
+            compiled = cfunc(signature, cache=True, fastmath=REASSOCIATE, error_model="numpy")(function)
         except RuntimeError:  # "cannot cache function: no locator available"
-            compiled = cfunc(signature, fastmath=REASSOCIATE)(function)
+            compiled = cfunc(signature, fastmath=REASSOCIATE, error_model="numpy")(function)
         return int(compiled.address)
 
     return decorate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from model.attention.paged_cpu import PagedAttention
+from model.attention.rotate_cpu import compile_rotation
 from model.compiled import parallel_region
 from model.fused_cpu import rms_norm, swiglu
 from model.layers import RMSNorm, SwiGlu
@@ -31,6 +32,7 @@ def compile_kernels(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
     """Compile, once for a process, what the first step would wait seconds for."""
     if parallel_region():
         PagedAttention(head_dim, block_size, dtype)
+        compile_rotation(dtype == torch.bfloat16)
         if dtype != torch.bfloat16:
             return
         row = torch.ones(1, 2, dtype=torch.bfloat16)

@@ -80,16 +80,17 @@ def _swiglu() -> int:
     @compile_region(ARGUMENTS)
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
-        x = carray(pointer(a.x), (a.num_rows, 2 * a.width), np.int16)
-        out = carray(pointer(a.out), (a.num_rows, a.width), np.int16)
+        width = a.width  # read once: a loop that stores cannot be vectorised if it reads its own bounds again
+        x = carray(pointer(a.x), (a.num_rows, 2 * width), np.int16)
+        out = carray(pointer(a.out), (a.num_rows, width), np.int16)
         while True:
             first = take_next(a.next_item) * ROWS
             if first >= a.num_rows:
                 break
             for row in range(first, min(first + ROWS, a.num_rows)):
-                for i in range(a.width):
+                for i in range(width):
                     gate = widen(x[row, i])
                     silu = gate / (np.float32(1) + exp2(gate * np.float32(MINUS_LOG2_E)))
-                    out[row, i] = narrow(widen(narrow(silu)) * widen(x[row, a.width + i]))
+                    out[row, i] = narrow(widen(narrow(silu)) * widen(x[row, width + i]))
 
     return region

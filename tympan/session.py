@@ -23,6 +23,9 @@ SERVER_SETTINGS = frozenset(
 BASE_URL = "http://tympan/v1"
 """Reached through memory only."""
 
+OFFLINE_TOKEN_BUDGET = 2048
+"""Of a step, where the settings name none: nobody watches a token arrive, and longer steps waste less."""
+
 AHEAD = 16
 """Requests being read and tokenized while the engine is full with others."""
 
@@ -33,7 +36,8 @@ async def in_process(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
 
     Raises EngineStartError and ModelError. The engine's process has ended when the context has.
     """
-    settings = settings.model_copy(update={"api_key": ()})
+    budget = settings.max_num_batched_tokens or OFFLINE_TOKEN_BUDGET
+    settings = settings.model_copy(update={"api_key": (), "max_num_batched_tokens": budget})
     engine, checkpoint = await start_engine(settings)
     try:
         app = create_app(settings, engine, checkpoint)

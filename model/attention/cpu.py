@@ -13,13 +13,17 @@ from torch import Tensor
 
 from model.attention.base import AttentionMetadata
 from model.attention.paged_cpu import PagedAttention
-from model.attention.reference import ReferenceBackend, rotate, write_kv
+from model.attention.reference import ReferenceBackend
+from model.attention.rotate_cpu import rotate_and_write
 
 MAX_QUERIES = 16
 """Of a sequence, for the kernel: it reads all keys again for each."""
 
 MAX_SCORES = 1 << 21
 """Computed at once: so many stay in a core's cache. A clip of 30 s goes head by head."""
+
+MAX_CAUSAL_QUERIES = 128
+"""Of a prompt, at once: what comes after the last of them is not computed at all."""
 
 
 class CpuBackend(ReferenceBackend):
@@ -30,6 +34,9 @@ class CpuBackend(ReferenceBackend):
     def __init__(self) -> None:
         super().__init__()
         self._kernels: dict[torch.dtype, PagedAttention] = {}
+        later = torch.full((MAX_CAUSAL_QUERIES, MAX_CAUSAL_QUERIES), float("-inf"), dtype=torch.bfloat16)
+        self._later = later.triu(1)
+        """Added to the scores of keys that come after their query."""
 
     def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """As computed: half the memory of float32 in bfloat16, and nothing lost."""
@@ -41,19 +48,19 @@ class CpuBackend(ReferenceBackend):
         """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D]."""
         if heads.dtype == torch.float16:
             return super().decode(heads, cos, sin, kv_layer, metadata)
-        query, key, value = rotate(heads, cos, sin, kv_layer.shape[3])
+        num_kv_heads = kv_layer.shape[3]
+        turned = rotate_and_write(heads, cos, sin, kv_layer, metadata.slot_mapping)
+        query, key = torch.split(turned, [turned.shape[1] - num_kv_heads, num_kv_heads], dim=1)
+        value = heads[:, -num_kv_heads:]
         query_lens = metadata.query_lens
         num_short = next((row for row, length in enumerate(query_lens) if length > MAX_QUERIES), len(query_lens))
-        num_tokens = sum(query_lens[:num_short])
-        if num_tokens < query.shape[0]:
-            write_kv(key[num_tokens:], value[num_tokens:], kv_layer, metadata.slot_mapping[num_tokens:])
         if num_short == 0:
             out = torch.empty_like(query, memory_format=torch.contiguous_format)
         else:
             kernel = self._kernels.get(query.dtype)
             if kernel is None:
                 kernel = self._kernels[query.dtype] = PagedAttention(query.shape[2], kv_layer.shape[2], query.dtype)
-            out = kernel(query, key, value, kv_layer, metadata, num_short)
+            out = kernel(query, kv_layer, metadata, num_short)
         if num_short < len(query_lens):
             self._attend_sequences(query, key, value, kv_layer, metadata, out, first=num_short)
         return out
@@ -65,15 +72,20 @@ class CpuBackend(ReferenceBackend):
         num_queries, num_heads = query.shape[:2]
         if (group := num_heads // key.shape[1]) > 1:
             key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        hidden = None
-        if causal:
-            hidden = query.new_full((num_queries, key.shape[0]), float("-inf")).triu(1 + key.shape[0] - num_queries)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        at_once = MAX_CAUSAL_QUERIES if causal else num_queries
+        for start in range(0, num_queries, at_once):
+            rows = slice(start, min(start + at_once, num_queries))
+            visible = key.shape[0] - num_queries + rows.stop if causal else key.shape[0]
+            self._attend_rows(query[rows], key[:visible], value[:visible], out[rows], causal=causal)
+        return out
+
+    def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, *, causal: bool) -> None:
+        """Heads in groups whose scores stay in cache. query, out: [Q, H, D]; key, value: [S, H, D], bfloat16."""
+        num_queries, _, head_dim = query.shape
         at_once = max(1, MAX_SCORES // (num_queries * key.shape[0]))
         for q, k, v, o in zip(*(torch.split(x, at_once, dim=1) for x in (query, key, value, out)), strict=True):
-            scores = torch.bmm(
-                (q * q.shape[2] ** -0.5).transpose(0, 1).contiguous(), k.permute(1, 2, 0).contiguous()
-            )
-            weights = (scores if hidden is None else scores.add_(hidden)).softmax(-1)
-            o.copy_(torch.bmm(weights, v.transpose(0, 1).contiguous()).transpose(0, 1))
-        return out
+            scores = torch.bmm((q * head_dim**-0.5).transpose(0, 1).contiguous(), k.permute(1, 2, 0).contiguous())
+            if causal:  # all rows see what is before them
+                scores[:, :, -num_queries:].add_(self._later[:num_queries, :num_queries])
+            o.copy_(torch.bmm(scores.softmax(-1), v.transpose(0, 1).contiguous()).transpose(0, 1))

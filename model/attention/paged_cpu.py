@@ -27,8 +27,8 @@ ARGUMENTS = np.dtype(
         for name in (
             *("num_sequences", "num_tokens", "num_blocks", "blocks_per_sequence"),
             *("num_heads", "num_kv_heads", "num_groups", "scratch_per_thread"),
-            *("query", "query_stride", "key", "key_stride", "value", "value_stride", "out"),
-            *("kv_layer", "slot_mapping", "block_table", "query_starts", "seq_lens", "scratch"),
+            *("query", "query_stride", "out"),
+            *("kv_layer", "block_table", "query_starts", "seq_lens", "scratch"),
             *("next_item", "next_thread"),
         )
     ]
@@ -48,25 +48,18 @@ class PagedAttention:
         self._counters = np.zeros(2, dtype=np.int64)
         self._arguments = np.zeros(1, dtype=ARGUMENTS)
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_layer: Tensor,
-        metadata: AttentionMetadata,
-        num_sequences: int,
-    ) -> Tensor:
-        """The first `num_sequences` sequences: write their tokens' keys and values, attend causally, bottom-right.
+    def __call__(self, query: Tensor, kv_layer: Tensor, metadata: AttentionMetadata, num_sequences: int) -> Tensor:
+        """The first `num_sequences` sequences attend causally, bottom-right, to what the cache holds.
 
-        query: [T, H, D]; key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D], contiguous; all of one dtype.
+        query: [T, H, D]; kv_layer: [2, N, P, Hkv, D], contiguous; of one dtype.
         -> [T, H, D], of which other sequences' rows are not written.
         """
-        query, key, value = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (query, key, value))
+        query = query if query.stride()[1:] == (query.shape[2], 1) else query.contiguous()
         num_threads = torch.get_num_threads()
         num_tokens, num_heads, head_dim = query.shape
+        num_kv_heads = kv_layer.shape[3]
         block_table = metadata.block_table
-        num_groups = _num_groups(key.shape[1], num_threads, num_sequences)
+        num_groups = _num_groups(num_kv_heads, num_threads, num_sequences)
         longest = block_table.shape[1] * kv_layer.shape[2]
         scratch_per_thread = num_heads // num_groups * (longest + 2 * head_dim)
         if self._scratch.numel() < num_threads * scratch_per_thread:
@@ -75,10 +68,9 @@ class PagedAttention:
         self._counters[:] = 0
         self._arguments[0] = (
             *(num_sequences, num_tokens, kv_layer.shape[1], block_table.shape[1]),
-            *(num_heads, key.shape[1], num_groups, scratch_per_thread),
-            *(query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0)),
-            *(value.data_ptr(), value.stride(0), out.data_ptr()),
-            *(kv_layer.data_ptr(), metadata.slot_mapping.data_ptr(), block_table.data_ptr()),
+            *(num_heads, num_kv_heads, num_groups, scratch_per_thread),
+            *(query.data_ptr(), query.stride(0), out.data_ptr()),
+            *(kv_layer.data_ptr(), block_table.data_ptr()),
             *(metadata.query_starts.data_ptr(), metadata.seq_lens_device.data_ptr(), self._scratch.data_ptr()),
             *(self._counters.ctypes.data, self._counters.ctypes.data + 8),
         )
@@ -107,11 +99,8 @@ def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
         a = carray(arguments, 1)[0]
         kv_width = a.num_kv_heads * head_dim
         query = carray(pointer(a.query), a.num_tokens * a.query_stride, kind)
-        key = carray(pointer(a.key), a.num_tokens * a.key_stride, kind)
-        value = carray(pointer(a.value), a.num_tokens * a.value_stride, kind)
         out = carray(pointer(a.out), (a.num_tokens, a.num_heads * head_dim), kind)
         keys_values = carray(pointer(a.kv_layer), (2, a.num_blocks * block_size * kv_width), kind)
-        slot_mapping = carray(pointer(a.slot_mapping), a.num_tokens, np.int32)
         block_table = carray(pointer(a.block_table), (a.num_sequences, a.blocks_per_sequence), np.int32)
         query_starts = carray(pointer(a.query_starts), a.num_sequences + 1, np.int32)
         seq_lens = carray(pointer(a.seq_lens), a.num_sequences, np.int32)
@@ -130,10 +119,6 @@ def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
             first, shift = group * width, group * width_kv
             blocks = block_table[row]
             for token in range(query_starts[row], query_starts[row + 1]):
-                slot = np.int64(slot_mapping[token]) * kv_width + shift
-                for i in range(width_kv):
-                    keys_values[0, slot + i] = key[token * a.key_stride + shift + i]
-                    keys_values[1, slot + i] = value[token * a.value_stride + shift + i]
                 for i in range(width):
                     q[i] = as_float32(query[token * a.query_stride + first + i])
                 length = seq_lens[row] - (query_starts[row + 1] - 1 - token)

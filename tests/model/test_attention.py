@@ -11,7 +11,9 @@ from torch import Tensor
 
 from model.attention import AttentionMetadata, EncoderMetadata
 from model.attention.cpu import MAX_QUERIES, MAX_SCORES, CpuBackend
-from model.attention.reference import ReferenceBackend
+from model.attention.reference import ReferenceBackend, rotate, write_kv
+from model.attention.rotate_cpu import rotate_and_write
+from model.layers import RotaryEmbedding
 
 P = 16
 D = 8
@@ -174,6 +176,24 @@ def test_the_reference_takes_a_bfloat16_cache() -> None:
     out = decode(ReferenceBackend(), *(x.bfloat16() for x in (query, key, value, cache)), metadata)
     expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("num_tokens", "heads", "head_dim"), [(1, (4, 4), 64), (9, (6, 2), 16), (40, (3, 1), 10)])
+def test_the_compiled_rotation_rounds_as_the_reference_does(
+    num_tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+) -> None:
+    num_heads, num_kv_heads = heads
+    x = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
+    cos, sin = RotaryEmbedding(head_dim, 1e4).tables(torch.arange(5, 5 + num_tokens, dtype=torch.int32), dtype)
+    ours, theirs = torch.full((2, 2, 4, P, num_kv_heads, head_dim), 7.0, dtype=dtype)
+    slots = torch.randperm(4 * P)[:num_tokens].int()
+    turned = rotate_and_write(x, cos, sin, ours, slots)
+    query, key, value = rotate(x, cos, sin, num_kv_heads)
+    write_kv(key, value, theirs, slots)
+    tolerance = 0 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(turned, torch.cat((query, key), dim=1), atol=tolerance, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
