@@ -46,13 +46,13 @@ def main(args: EngineArgs, connection: Connection) -> None:
     except EngineStartError as error:
         outbox.give_up(str(error))
     settle_memory()
-    outbox.send(core.info)
     inbox: Inbox = Inbox()
-    threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="reader").start()
     try:
+        outbox.send(core.info)
+        threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="reader").start()
         run_loop(core, inbox, outbox.send)
     except (BrokenPipeError, ConnectionResetError):
-        os._exit(0)  # the parent is gone
+        os._exit(0)  # the parent is gone; other ranks end when this one does
     except RankError as error:
         outbox.give_up(str(error))
     except Exception as error:
