@@ -17,12 +17,13 @@ import torch
 
 from engine.answer import SampledToken
 from engine.block_manager import BlockManager
+from engine.cuda_graphs import graph_capture
 from engine.device import resolve_device
 from engine.encoder_cache import EncoderCache
 from engine.errors import EngineStartError, RankError, RequestError
 from engine.guidance import Guidance
-from engine.loading import load_rank, start_errors
-from engine.memory import max_kept_blocks
+from engine.loading import LoadedRank, load_rank, start_errors
+from engine.memory import max_kept_blocks, out_of_memory_means
 from engine.messages import (
     EngineArgs,
     EngineInfo,
@@ -299,7 +300,7 @@ def _build(args: EngineArgs, workers: Workers, progress: Progress | None) -> Eng
     guidance = Guidance(
         folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
     )
-    runner = ModelRunner(model, num_blocks, loaded.block_size, args.max_num_seqs, guidance, workers)
+    runner, graphs = _runner(args, loaded, num_blocks, guidance, workers)
     workers.wait_ready()
     info = EngineInfo(
         max_model_len=loaded.max_model_len,
@@ -315,10 +316,24 @@ def _build(args: EngineArgs, workers: Workers, progress: Progress | None) -> Eng
         max_num_batched_tokens=loaded.max_num_batched_tokens,
         max_num_batched_tokens_reason=loaded.max_num_batched_tokens_reason,
         async_scheduling=overlaps,
+        cuda_graphs=graphs,
         load_seconds=time.monotonic() - started,
     )
     kept = max_kept_blocks(args, model, loaded.block_size, loaded.max_model_len)
     return EngineCore(runner, _scheduler(args, config, info, model.dtype, kept), info, args.seed)
+
+
+def _runner(
+    args: EngineArgs, loaded: LoadedRank, num_blocks: int, guidance: Guidance, workers: Workers
+) -> tuple[ModelRunner, str]:
+    """-> (the runner, what to tell of its CUDA graphs)."""
+    model = loaded.model
+    capture, reason = graph_capture(model, args.enforce_eager)
+    with out_of_memory_means("for the KV cache: lower --gpu-memory-utilization or --kv-cache-memory-bytes"):
+        runner = ModelRunner(model, num_blocks, loaded.block_size, args.max_num_seqs, guidance, workers)
+        if capture is None:
+            return runner, f"off ({reason})" if model.device.type == "cuda" else ""
+        return runner, runner.capture_graphs(capture, args.max_num_seqs, loaded.max_model_len)
 
 
 def _scheduler(

@@ -6,6 +6,7 @@ other ranks of a tensor-parallel engine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -55,6 +56,12 @@ class InputBatch:
         num_tokens, num_rows = sum(self.query_lens), len(self.query_lens)
         own = [num_tokens, num_tokens, num_tokens, num_rows, num_rows + 1]
         return [*own, len(self.packed) - sum(own)]
+
+    @property
+    def sections(self) -> tuple[Int32Array, ...]:
+        """The parts of `packed`, the block table as [B, M]."""
+        *of_rows, block_table = np.split(self.packed, np.cumsum(self.section_lens)[:-1])
+        return (*of_rows, block_table.reshape(len(self.query_lens), -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,33 @@ def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
         audio_rows=tuple(_audio_rows(items, ends)),
         block_copies=tuple(item.block_copy for item in items if item.block_copy),
     )
+
+
+def decode_section(num_rows: int) -> int:
+    """Places that `num_rows` numbers take in `pad_decodes`: what follows them begins at a multiple of 16 bytes."""
+    return -(-num_rows // 4) * 4
+
+
+def pad_decodes(batch: InputBatch, num_rows: int, width: int, rows_before: Mapping[SequenceId, int]) -> Int32Array:
+    """A batch of one token for each sequence, padded with rows that are of length 0 and write nothing.
+
+    rows_before: of each sequence with a pending token, its row in the step before. -> token_ids, positions,
+    slot_mapping, seq_lens, and rows of pending tokens (-1: known), each in `decode_section(num_rows)` places; then
+    the block table [num_rows, width]; end to end.
+    """
+    section, num_seqs = decode_section(num_rows), len(batch.query_lens)
+    packed = np.zeros(5 * section + num_rows * width, dtype=np.int32)
+    token_ids, positions, slot_mapping, seq_lens, sources = packed[: 5 * section].reshape(5, section)
+    *of_rows, _, block_table = batch.sections
+    for padded, given in zip((token_ids, positions, slot_mapping, seq_lens), of_rows, strict=True):
+        padded[:num_seqs] = given
+    slot_mapping[num_seqs:] = -1
+    sources[:] = -1
+    for row, sequence_id in batch.pending:
+        sources[row] = rows_before[sequence_id]
+    block_table = block_table[:, :width]  # spare blocks may lie past the longest context
+    packed[5 * section :].reshape(num_rows, width)[:num_seqs, : block_table.shape[1]] = block_table
+    return packed
 
 
 def _ends_pending(item: ScheduledSequence) -> bool:

@@ -12,11 +12,12 @@ import torch
 
 from engine.device import resolve_device, resolve_dtype, resolve_token_budget
 from engine.errors import EngineStartError
-from engine.memory import num_kv_blocks
+from engine.memory import num_kv_blocks, out_of_memory_means
 from engine.messages import EngineArgs
 from model.attention import select_backend
 from model.config import Qwen2AudioConfig
 from model.cpu import compile_kernels, prepare_for_cpu
+from model.dummy import load_dummy
 from model.errors import ModelError
 from model.loader import Progress, load_model
 from model.parallel import Shard
@@ -54,10 +55,15 @@ def load_rank(args: EngineArgs, shard: Shard, progress: Progress | None = None) 
     max_model_len = _context_length(args, config)
     if args.quantization == "int8" and device.type != "cpu":
         raise EngineStartError("--quantization int8 is for --device cpu")
-    with ThreadPoolExecutor(1) as compiler:
+    if args.load_format == "dummy" and shard.size > 1:
+        raise EngineStartError("--load-format dummy is for one rank; leave out --tensor-parallel-size")
+    with ThreadPoolExecutor(1) as compiler, out_of_memory_means("while loading: the weights need a larger GPU"):
         if device.type == "cpu":
             compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
-        model = load_model(folder, config, backend, dtype, device, progress, shard)
+        if args.load_format == "dummy":
+            model = load_dummy(folder, config, backend, dtype, device, progress)
+        else:
+            model = load_model(folder, config, backend, dtype, device, progress, shard)
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
@@ -79,10 +85,6 @@ def start_errors() -> Iterator[None]:
         yield
     except ModelError as error:
         raise EngineStartError(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise EngineStartError(
-            "out of memory while loading: lower --max-model-len, --max-num-seqs or --gpu-memory-utilization"
-        ) from error
 
 
 def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.device import to_device
-from engine.input_batch import ForwardStep, LogitRows
+from engine.input_batch import ForwardStep, InputBatch, LogitRows
 from model.attention import AttentionMetadata
 from model.kv_cache import allocate_kv_cache, copy_blocks
 from model.qwen2_audio import Qwen2Audio
@@ -40,8 +40,7 @@ class RankRunner:
         put_tokens: fills pending tokens into [T]; put_clips: clips into [T, C]. Rank 0 alone has what these need.
         """
         batch = step.batch
-        if batch.block_copies:
-            copy_blocks(self.kv_cache, to_device(batch.block_copies, self.device))
+        self.copy_blocks(batch)
         packed = to_device(batch.packed, self.device)
         token_ids, positions, slot_mapping, seq_lens, query_starts, block_table = torch.split(
             packed, batch.section_lens
@@ -66,6 +65,11 @@ class RankRunner:
         )
         rows = to_device(step.wanted, self.device, torch.int64) if len(step.wanted) < len(token_ids) else None
         return self.model(hidden, positions, self.kv_cache, metadata, rows)
+
+    def copy_blocks(self, batch: InputBatch) -> None:
+        """Queue the copies that come before a batch."""
+        if batch.block_copies:
+            copy_blocks(self.kv_cache, to_device(batch.block_copies, self.device))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, wanted: LogitRows) -> Tensor:

@@ -286,7 +286,7 @@ def test_all_ranks_have_as_many_blocks_as_the_fullest(monkeypatch: pytest.Monkey
     text = TextConfig(num_hidden_layers=2, num_key_value_heads=2, head_dim=8)
     block = bytes_per_block(text, 16, torch.float32)
     budgets = [block * 70, block * 40]
-    monkeypatch.setattr(engine.memory, "_budget", lambda _, model, __: budgets[model.shard.rank])
+    monkeypatch.setattr(engine.memory, "_budget", lambda _, model, *__: (budgets[model.shard.rank], ""))
 
     def of_rank(shard: Shard, max_model_len: int = 640) -> int:
         stub: Any = SimpleNamespace(
