@@ -95,6 +95,14 @@ class Settings(BaseModel):
         "precision of keys and values: fp8 (e4m3) holds twice the tokens of bfloat16, under scales that the "
         "checkpoint brings or that no value exceeds; auto: as computed",
     )
+    tensor_parallel_size: int = _setting(
+        "engine",
+        1,
+        "GPUs of this machine that share one model, for cards that are too small alone; it must divide the numbers "
+        "of attention and key-value heads",
+        ge=1,
+        le=64,
+    )
     seed: int | None = _setting(
         "engine", None, "base of the seeds of requests that bring none; default: from the system", ge=0, lt=2**63
     )

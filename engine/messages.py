@@ -194,6 +194,11 @@ class EngineFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RankReady:
+    """A rank to rank 0, twice: its weights are loaded; it serves."""
+
+
 ToEngine = EngineRequest | AbortRequest | Shutdown
 FromEngine = EngineInfo | StepOutputs | EngineFailed
 
@@ -237,7 +242,11 @@ class EngineArgs:
     enforce_eager: bool = False
     """Launch every kernel of every step: no CUDA graphs."""
     num_threads: int | None = None
-    """CPU threads of the engine; None: all cores."""
+    """CPU threads of the engine, of all its ranks together; None: all cores."""
+    tensor_parallel_size: int = 1
+    """Ranks that share the decoder, each a process with a device of its own (see model/parallel.py)."""
+    rank_timeout_s: float = 30.0
+    """How long a rank waits for another within a step before it gives the engine up."""
     num_speculative_tokens: int = 0
     """Drafts that a decoding sequence may have in a step; 0: no speculative decoding."""
     prompt_lookup_min: int = 2

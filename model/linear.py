@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.parallel import Shard
+
 MAX_INT8_ROWS = 4
 """Of a product: with more, reading 8 bits a weight saves less than unpacking them costs (docs/decisions.md)."""
 
@@ -95,3 +97,16 @@ class Linear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise.default(
             x, self._packed, self.bias, "gelu" if self.gelu else "none", [], "none"
         )
+
+
+class RowParallelLinear(Linear):
+    """x W^T plus a residual, of which each rank has some columns of x and of W. Every rank gets the sum."""
+
+    def __init__(self, in_features: int, out_features: int, shard: Shard) -> None:
+        """in_features: of this rank."""
+        super().__init__(in_features, out_features, bias=False)
+        self.shard = shard
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [T, K], this rank's columns; residual: [T, N] or None -> [T, N]. The residual is added once."""
+        return self.shard.all_reduce(super().forward(x, residual if self.shard.rank == 0 else None))

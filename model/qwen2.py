@@ -1,7 +1,8 @@
 """The decoder: Qwen2 over packed tokens [T, C]. There is no batch dimension and no padding.
 
 Read top-down: Qwen2Decoder -> DecoderLayer -> SelfAttention, Mlp. Weights that are read together are stored
-together (`qkv_proj`, `gate_up_proj`); the loader knows how the published tensors fill them.
+together (`qkv_proj`, `gate_up_proj`); the loader knows how the published tensors fill them. With tensor parallelism
+the config is that of this rank (`Shard.share`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionMetadata
 from model.config import TextConfig
-from model.layers import RMSNorm, RotaryEmbedding, SwiGlu
-from model.linear import Linear
+from model.layers import RMSNorm, RotaryEmbedding, SwiGlu, VocabEmbedding
+from model.linear import Linear, RowParallelLinear
+from model.parallel import Shard
 
 
 class Qwen2Decoder(nn.Module):
     """Token embedding, the layers and the final norm."""
 
-    def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
+    def __init__(self, config: TextConfig, backend: AttentionBackend, shard: Shard) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [DecoderLayer(config, backend) for _ in range(config.num_hidden_layers)]
+        self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, shard)
+        blocks = [DecoderLayer(config, backend, shard) for _ in range(config.num_hidden_layers)]
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
@@ -55,12 +57,12 @@ class DecoderLayer(nn.Module):
     where it can; where the product adds it (`Linear.forward_onto`), nothing travels.
     """
 
-    def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
+    def __init__(self, config: TextConfig, backend: AttentionBackend, shard: Shard) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, backend)
+        self.self_attn = SelfAttention(config, backend, shard)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, shard)
 
     def forward(
         self,
@@ -82,7 +84,7 @@ class DecoderLayer(nn.Module):
 class SelfAttention(nn.Module):
     """Rotary grouped-query attention; biases on q, k, v and none on o."""
 
-    def __init__(self, config: TextConfig, backend: AttentionBackend) -> None:
+    def __init__(self, config: TextConfig, backend: AttentionBackend, shard: Shard) -> None:
         super().__init__()
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -91,7 +93,7 @@ class SelfAttention(nn.Module):
         self.kv_scales: Tensor | None = None
         """float32 [2, Hkv] where the cache is in float8: see model/kv_scales.py."""
         self.qkv_proj = Linear(config.hidden_size, (num_heads + 2 * num_kv_heads) * self.head_dim)
-        self.o_proj = Linear(num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj = RowParallelLinear(num_heads * self.head_dim, config.hidden_size, shard)
 
     def forward(
         self,
@@ -114,11 +116,11 @@ class SelfAttention(nn.Module):
 class Mlp(nn.Module):
     """The gated feed-forward block."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, shard: Shard) -> None:
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.activation = SwiGlu()
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, shard)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """x, residual: [T, C] -> the residual, and what is still to be added to it."""
