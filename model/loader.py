@@ -86,23 +86,13 @@ def load_model(
     files = _tensor_files(folder)
     stored = StoredWeights(set(files), config.quantization)
     if shard.size > 1 and (config.quantization or stored.kv_scale_names):
-        raise ConfigError(
-            "a checkpoint that is quantised, or brings scales of its keys and values, loads on one rank"
-        )
+        raise ConfigError("a checkpoint that is quantised, or has scales of its keys and values, loads on one rank")
     table = name_table(config)
     has_head = bool(stored.expected([LM_HEAD]) & set(files))
     if config.text.tie_word_embeddings and not has_head:
         del table[LM_HEAD]
     _check_names(set(files) - stored.kv_scale_names, stored.expected(table))
-    with torch.device("meta"):
-        model = Qwen2Audio(config, backend, shard)
-    if has_head:  # a file that holds its own lm_head is right, whatever its config says of tying
-        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    if not has_head:  # leaving the meta device gave each module a parameter of its own
-        model.lm_head.weight = model.decoder.embed_tokens.weight
-    for layer in model.audio_tower.layers if shard.rank == 0 else ():
-        layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
+    model = _unfilled(config, backend, shard, dtype, device, has_head=has_head)
     kv_scales: dict[str, Tensor] = {}
     places = Places(model, keep_int4=keep_int4)
     own = {name for name, _ in model.named_parameters()}
@@ -118,6 +108,28 @@ def load_model(
     places.finish()
     if fp8_kv:
         set_kv_scales(model.decoder.layers, stored_kv_scales(kv_scales, config.text))
+    return model
+
+
+def _unfilled(
+    config: Qwen2AudioConfig,
+    backend: AttentionBackend,
+    shard: Shard,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_head: bool,
+) -> Qwen2Audio:
+    """has_head: a checkpoint that holds its own lm_head is right, whatever its config says of tying."""
+    with torch.device("meta"):
+        model = Qwen2Audio(config, backend, shard)
+    if has_head:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    if not has_head:  # leaving the meta device gave each module a parameter of its own
+        model.lm_head.weight = model.decoder.embed_tokens.weight
+    for layer in model.audio_tower.layers if shard.rank == 0 else ():
+        layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
     return model
 
 

@@ -240,7 +240,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> TapeCapture:
     """Engines on a CPU that replay tapes."""
     capture = TapeCapture()
     monkeypatch.setattr(engine.core, "graph_capture", lambda *args: (capture, ""))
-    monkeypatch.setattr(engine.loading, "select_backend", lambda *args: (DeviceBackend(), "for tests"))
+    monkeypatch.setattr(engine.loading, "select_backend", lambda *args, **_: (DeviceBackend(), "for tests"))
     return capture
 
 

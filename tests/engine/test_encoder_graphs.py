@@ -137,7 +137,7 @@ def test_answers_about_clips_are_the_same(gqa_folder: Path, monkeypatch: pytest.
     expected = run(build(gqa_folder, attention_backend="reference", max_model_len=512), requests)
     capture = TapeCapture()
     monkeypatch.setattr(engine.core, "graph_capture", lambda *args: (capture, ""))
-    monkeypatch.setattr(engine.loading, "select_backend", lambda *args: (DeviceBackend(), "for tests"))
+    monkeypatch.setattr(engine.loading, "select_backend", lambda *args, **_: (DeviceBackend(), "for tests"))
     core = build(gqa_folder, max_model_len=512, async_scheduling=True)
     assert f"{len(SIZES)} of encoder runs, up to 10 s of audio" in core.info.cuda_graphs
     answers = {}

@@ -12,6 +12,7 @@ from model.attention.reference import ReferenceBackend
 from model.config import TextConfig
 from model.kv_cache import allocate_kv_cache, bytes_per_block, copy_blocks
 from model.kv_scales import bounding_scales
+from model.parallel import WHOLE
 from model.qwen2 import Qwen2Decoder
 from tests.model.test_attention import CASES, HEADS, Case, P, decode, dense, make_step
 
@@ -84,7 +85,7 @@ def test_no_input_makes_a_key_or_a_value_that_the_scales_cut_off(magnitude: floa
         vocab_size=8, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
-    decoder = Qwen2Decoder(config, ReferenceBackend()).requires_grad_(False)
+    decoder = Qwen2Decoder(config, ReferenceBackend(), WHOLE).requires_grad_(False)
     (layer,) = decoder.layers
     attention = layer.self_attn
     attention.qkv_proj.weight.normal_(std=magnitude)

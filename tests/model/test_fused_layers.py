@@ -14,6 +14,7 @@ from model.attention.reference import ReferenceBackend
 from model.config import TextConfig
 from model.cuda import prepare_for_cuda
 from model.layers import RMSNorm, SwiGlu
+from model.parallel import WHOLE
 from model.qwen2 import Qwen2Decoder
 from model.qwen2_audio import Qwen2Audio
 from model.triton_kernels.add_rms_norm import add_rms_norm, rms_norm
@@ -98,7 +99,13 @@ class FusedBackend(ReferenceBackend):
     name = "fused"
 
     def decode(
-        self, heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         query = rotate_and_write(heads, cos, sin, kv_layer, metadata.slot_mapping)
         out = torch.empty_like(query)
@@ -114,7 +121,7 @@ def test_a_decoder_of_fused_kernels_equals_the_plain_one(num_kv_heads: int, kern
         num_attention_heads=4, num_key_value_heads=num_kv_heads,
     )  # fmt: skip
     torch.manual_seed(0)
-    plain, fused = (Qwen2Decoder(config, backend) for backend in (ReferenceBackend(), FusedBackend()))
+    plain, fused = (Qwen2Decoder(config, backend, WHOLE) for backend in (ReferenceBackend(), FusedBackend()))
     fused.load_state_dict(plain.state_dict())
     for decoder in (plain, fused):
         decoder.to(kernel_device).requires_grad_(False)
@@ -157,7 +164,7 @@ def test_with_the_reference_backend_nothing_is_fused(kernel_device: torch.device
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     backend = ReferenceBackend()
-    decoder = Qwen2Decoder(config, backend).to(kernel_device)
+    decoder = Qwen2Decoder(config, backend, WHOLE).to(kernel_device)
     model = SimpleNamespace(decoder=decoder, backend=backend, modules=decoder.modules)
     prepare_for_cuda(cast(Qwen2Audio, model))
     layers = [module for module in decoder.modules() if isinstance(module, RMSNorm | SwiGlu)]
@@ -173,6 +180,7 @@ def test_on_a_cpu_the_product_adds_the_residual() -> None:
             num_attention_heads=2, num_key_value_heads=2,
         ),
         ReferenceBackend(),
+        WHOLE,
     ).requires_grad_(False)  # fmt: skip
     mlp = decoder.layers[0].mlp
     x, residual = (rows((3, 16), 1.0, torch.float32, torch.device("cpu"), seed) for seed in (3, 4))

@@ -11,6 +11,7 @@ from model.config import TextConfig
 from model.errors import ConfigError
 from model.linear import Linear
 from model.quantization.fp8_linear import Fp8Weight, round_to_fp8
+from model.parallel import WHOLE
 from model.qwen2 import Qwen2Decoder
 from model.triton_kernels.round_rows import round_rows, round_rows_plain
 from tests.model.quantization.checkpoints import fp8 as stored_fp8
@@ -90,7 +91,7 @@ def test_the_decoders_layers_are_rounded_and_nothing_else() -> None:
         vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
-    decoder = Qwen2Decoder(config, ReferenceBackend()).bfloat16().requires_grad_(False)
+    decoder = Qwen2Decoder(config, ReferenceBackend(), WHOLE).bfloat16().requires_grad_(False)
     round_to_fp8(decoder)
     left = {name for name, _ in decoder.named_parameters()}
     layer = {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.qkv_proj.bias"}
