@@ -18,7 +18,7 @@ class NullEngineClient:
     """An EngineClient whose every answer is one token, without a pipe, a model or a wait."""
 
     def __init__(self) -> None:
-        self.info = EngineInfo(8192, 1536, "none", "none", "", "none", "", 0, 16, 64, 0.0)
+        self.info = EngineInfo(8192, 1536, "none", "none", "", "none", "", 0, 16, 64, 512, "", 0.0)
         self.stats = EngineStats()
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:

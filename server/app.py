@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from audio import AudioLimits, AudioLoader, FetchPolicy, MediaFetcher
+from audio import AudioLimits, AudioLoader, FetchPolicy
+from audio.fetch import MediaFetcher
 from configs.recipes import transcription_recipe
 from configs.settings import Settings
 from engine.client import EngineClient
@@ -55,6 +56,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loader.warm_up()
         yield
         await loader.aclose()
         serving.grammars.close()

@@ -8,7 +8,8 @@ import gzip
 
 import pytest
 
-from audio import AudioError, AudioLimits, FetchPolicy, MediaFetcher
+from audio import AudioError, AudioLimits, FetchPolicy
+from audio.fetch import MediaFetcher
 from tests.audio.origin import redirect, response, serving
 
 LIMITS = AudioLimits(max_clip_bytes=100_000)

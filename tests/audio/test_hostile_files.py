@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from audio import AudioDecodeError, AudioError, AudioLimitError, AudioLimits, decode
+from audio import AudioDecodeError, AudioError, AudioLimitError, AudioLimits
 from audio.ffmpeg import CODEC_ERRORS, read_blocks
-from tests.audio.signals import chirp, encoded, silent_film, written
+from tests.audio.signals import chirp, decode, encoded, silent_film, written
 
 LIMITS = AudioLimits()
 RNG = random.Random(20240715)
