@@ -134,11 +134,13 @@ class DecoderPool:
         return _Decoder(pid, ours, self._of_processes.wall_s)
 
     def _end(self, decoder: "_Decoder") -> int:
-        """-> the signal that ended it."""
+        """-> the signal that ended it: SIGKILL, ours, if it had not ended before; 0 if it ended itself."""
+        status = self._host.ask(channel.END, decoder.pid)
         decoder.socket.close()
-        ended_by = os.WTERMSIG(self._host.ask(channel.END, decoder.pid))
-        if ended_by != signal.SIGKILL:  # ours
-            logger.warning("an audio decoder was ended by %s", signal.Signals(ended_by or signal.SIGKILL).name)
+        ended_by = os.WTERMSIG(status)
+        if ended_by != signal.SIGKILL:
+            cause = signal.Signals(ended_by).name if ended_by else f"an exception (status {os.WEXITSTATUS(status)})"
+            logger.warning("an audio decoder was ended by %s", cause)
         return ended_by
 
 

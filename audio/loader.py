@@ -12,11 +12,13 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import IO, TYPE_CHECKING
 
 from audio.decoder_pool import DECODER_NICENESS, DecoderPool
 from audio.errors import AudioFetchError
 from audio.limits import AudioLimits, DecoderLimits
+from audio.local_file import LocalFiles, is_file_url
 from audio.pcm import Pcm
 from audio.source import AudioBytes, AudioSource, InlineAudio, decode_data_url, decode_inline, is_data_url
 
@@ -29,7 +31,8 @@ _MAX_WORKERS = 8
 class AudioLoader:
     """Loads clips, at most `num_workers` being decoded at once. Owns `fetcher`; None refuses links.
 
-    num_workers: default: one for each core that this process may use, from two to eight.
+    local_files: what file: URLs may name; None refuses them. num_workers: default: one for each core that this
+    process may use, from two to eight.
     Use from one event loop; close with `aclose`.
     """
 
@@ -37,11 +40,13 @@ class AudioLoader:
         self,
         limits: AudioLimits,
         fetcher: "MediaFetcher | None" = None,
+        local_files: LocalFiles | None = None,
         num_workers: int | None = None,
         decoder_limits: DecoderLimits | None = None,
     ) -> None:
         self._limits = limits
         self._fetcher = fetcher
+        self._local_files = local_files
         self._num_workers = num_workers or min(max(2, _num_cores()), _MAX_WORKERS)
         self._decoders = DecoderPool(limits, decoder_limits)
         self._executor = ThreadPoolExecutor(self._num_workers, "audio-decode", _yield_to_others)
@@ -51,9 +56,12 @@ class AudioLoader:
         """Begin to start the decoders, which takes a moment: the first clips would wait for them."""
         self._executor.submit(self._decoders.start, self._num_workers)
 
-    async def load(self, source: AudioSource) -> Pcm:
-        """The clip at `source`. Raises AudioError, whose subclass and code say what is wrong."""
-        read = await self._reader(source)
+    async def load(self, source: AudioSource, scope: str = "") -> Pcm:
+        """The clip at `source`; what was fetched in the same scope may serve again.
+
+        Raises AudioError, whose subclass and code say what is wrong.
+        """
+        read = await self._reader(source, scope)
         async with self._slots:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._executor, lambda: Pcm(self._decoders.decode(read())))
@@ -94,7 +102,7 @@ class AudioLoader:
         await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
         await asyncio.to_thread(self._decoders.close)
 
-    async def _reader(self, source: AudioSource) -> Callable[[], bytes]:
+    async def _reader(self, source: AudioSource, scope: str) -> Callable[[], bytes]:
         """What gives the file's bytes when called in a worker: even base64 is too slow for the loop."""
         limits = self._limits
         if isinstance(source, AudioBytes):
@@ -103,9 +111,13 @@ class AudioLoader:
             return lambda: decode_inline(source.data, limits)
         if is_data_url(source.url):
             return lambda: decode_data_url(source.url, limits)
+        if is_file_url(source.url):
+            if self._local_files is None:
+                raise AudioFetchError("media_url_refused", "This server does not read audio from file: URLs.")
+            return partial(self._local_files.read, source.url)
         if self._fetcher is None:
             raise AudioFetchError("media_url_refused", "This server does not fetch audio from URLs.")
-        data = await self._fetcher.fetch(source.url)
+        data = await self._fetcher.fetch(source.url, scope)
         return lambda: data
 
 

@@ -36,7 +36,7 @@ class InlineAudio:
 
 @dataclass(frozen=True, slots=True)
 class AudioUrl:
-    """A link: http, https or data:. Not shown in full: presigned links carry their key."""
+    """A link: http, https, data: or file:. Not shown in full: presigned links carry their key."""
 
     url: str = field(repr=False)
 
