@@ -9,8 +9,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
+TOPOLOGY := .topology
 
-.PHONY: help setup serve test clients peers bench lint types check clean
+.PHONY: help setup serve test clients topology peers bench gpu lint types check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -51,11 +52,22 @@ $(CLIENTS)/node/.done: tests/clients/package.json tests/clients/node.txt
 	cp $< $(@D) && PATH="$(abspath $(@D))/bin:$$PATH" npm install --prefix $(@D) --silent --no-audit --no-fund
 	@touch $@
 
+topology: $(VENV)/.dev $(TOPOLOGY)/.done ## replicas behind nginx and smg, restarted and killed under load; needs nginx
+	$(BIN)/python -m pytest tests/deploy -m topology $(ARGS)
+
+$(TOPOLOGY)/.done: tests/deploy/requirements.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
 peers: setup ## install vLLM's CPU build in .peers, for bench to measure beside
 	$(BIN)/python -m benchmarks.peers.install_vllm $(ARGS)
 
 bench: $(VENV)/.dev ## the CPU benchmarks, within 15 minutes: JSON and a picture
 	$(BIN)/python -m benchmarks.cpu_set $(ARGS)
+
+gpu: $(VENV)/.dev ## on a machine with a GPU: the tests that need one, then every benchmark (docs/gpu.md)
+	@$(BIN)/python -m pytest -m gpu; tests=$$?; $(BIN)/python -m benchmarks.gpu all $(ARGS) && exit $$tests
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -67,4 +79,4 @@ types: $(VENV)/.dev ## mypy, strict
 check: lint types test ## lint, types and tests
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) $(CLIENTS) .peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) .peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -60,6 +60,12 @@ class Settings(BaseModel):
     )
     revision: str | None = _setting("model", None, "branch, tag or commit on the hub")
     download_dir: str | None = _setting("model", None, "where downloads are kept; default: the hub's own cache")
+    load_format: Literal["auto", "dummy"] = _setting(
+        "model",
+        "auto",
+        "auto: the checkpoint's weights; dummy: random ones of its shape, to measure speed with, for which its "
+        "configuration and tokenizer are enough",
+    )
     generation_config: Literal["auto", "none"] = _setting(
         "model",
         "auto",
@@ -89,6 +95,12 @@ class Settings(BaseModel):
         None,
         "prepare a step while the device computes the one before; default: on CUDA only, as a CPU has nothing to "
         "spare meanwhile, and not with --num-speculative-tokens",
+    )
+    enforce_eager: bool = _setting(
+        "engine",
+        False,
+        "launch every kernel of every step, without CUDA graphs: slower at small batches, starts sooner, and takes "
+        "less of the GPU's memory",
     )
     max_num_batched_tokens: int | None = _setting(
         "engine",

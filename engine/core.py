@@ -19,11 +19,12 @@ import torch
 
 from engine.answer import SampledToken
 from engine.block_manager import BlockManager
+from engine.cuda_graphs import graph_capture
 from engine.device import resolve_device, resolve_dtype, resolve_token_budget
 from engine.encoder_cache import EncoderCache
 from engine.errors import EngineStartError, RequestError
 from engine.guidance import Guidance
-from engine.memory import max_kept_blocks, num_kv_blocks
+from engine.memory import max_kept_blocks, num_kv_blocks, out_of_memory_means
 from engine.messages import (
     EngineArgs,
     EngineInfo,
@@ -50,8 +51,10 @@ from model.config import (
     num_audio_tokens,
 )
 from model.cpu import compile_kernels, prepare_for_cpu
+from model.dummy import load_dummy
 from model.errors import ModelError
 from model.loader import Progress, load_model
+from model.qwen2_audio import Qwen2Audio
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +88,6 @@ class EngineCore:
             return _build(args, progress)
         except ModelError as error:
             raise EngineStartError(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            raise EngineStartError(
-                "out of memory while loading: lower --max-model-len, --max-num-seqs or --gpu-memory-utilization"
-            ) from error
 
     @property
     def has_work(self) -> bool:
@@ -290,15 +289,20 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
     max_model_len = _context_length(args, config)
     if args.quantization == "int8" and device.type != "cpu":
         raise EngineStartError("--quantization int8 is for --device cpu")
-    with ThreadPoolExecutor(1) as compiler:
+    with ThreadPoolExecutor(1) as compiler, out_of_memory_means("while loading: the weights need a larger GPU"):
         if device.type == "cpu":
             compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
-        model = load_model(folder, config, backend, dtype, device, progress)
+        load = load_dummy if args.load_format == "dummy" else load_model
+        model = load(folder, config, backend, dtype, device, progress)
     if device.type == "cpu":
         compiled.result()
         prepare_for_cpu(model, int8=args.quantization == "int8")
     block_size = backend.block_sizes[0]
     num_blocks = num_kv_blocks(replace(args, max_num_batched_tokens=token_budget), model, block_size, max_model_len)
+    guidance = Guidance(
+        folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
+    )
+    runner, graphs = _runner(args, model, num_blocks, max_model_len, guidance)
     info = EngineInfo(
         max_model_len=max_model_len,
         vocab_size=config.text.vocab_size,
@@ -313,14 +317,24 @@ def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
         max_num_batched_tokens=token_budget,
         max_num_batched_tokens_reason=budget_reason,
         async_scheduling=overlaps,
+        cuda_graphs=graphs,
         load_seconds=time.monotonic() - started,
     )
-    guidance = Guidance(
-        folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
-    )
-    runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
     kept = max_kept_blocks(args, model, block_size, max_model_len)
     return EngineCore(runner, _scheduler(args, config, info, dtype, kept), info, args.seed)
+
+
+def _runner(
+    args: EngineArgs, model: Qwen2Audio, num_blocks: int, max_model_len: int, guidance: Guidance
+) -> tuple[ModelRunner, str]:
+    """-> (the runner, what to tell of its CUDA graphs)."""
+    device, backend = model.device, model.backend
+    capture, reason = graph_capture(device, backend, args.enforce_eager)
+    with out_of_memory_means("for the KV cache: lower --gpu-memory-utilization or --kv-cache-memory-bytes"):
+        runner = ModelRunner(model, num_blocks, backend.block_sizes[0], args.max_num_seqs, guidance)
+        if capture is None:
+            return runner, f"off ({reason})" if device.type == "cuda" else ""
+        return runner, runner.capture_graphs(capture, args.max_num_seqs, max_model_len)
 
 
 def _scheduler(

@@ -66,6 +66,17 @@ def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = Non
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def copy_into(target: Tensor, values: np.ndarray) -> None:
+    """Fill a tensor of the device, in stream order, without waiting for what runs there."""
+    source = torch.from_numpy(values)
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What nobody has of the device's memory. 0 on a CPU, where it is not counted."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 class HostCopy:
     """Tensors on their way from the device: the copies are queued at once, `wait` is for when they are needed."""
 

@@ -5,6 +5,7 @@ All arrays of a batch are views of one, `packed`, so that one copy brings them t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -96,6 +97,34 @@ def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
         pending=pending,
         audio_rows=tuple(_audio_rows(items, ends)),
     )
+
+
+def decode_section(num_rows: int) -> int:
+    """Places that `num_rows` numbers take in `pad_decodes`: what follows them begins at a multiple of 16 bytes."""
+    return -(-num_rows // 4) * 4
+
+
+def pad_decodes(batch: InputBatch, num_rows: int, width: int, rows_before: Mapping[SequenceId, int]) -> Int32Array:
+    """A batch of one token for each sequence, padded with rows that are of length 0 and write nothing.
+
+    rows_before: of each sequence with a pending token, its row in the step before. -> token_ids, positions,
+    slot_mapping, seq_lens, and rows of pending tokens (-1: known), each in `decode_section(num_rows)` places; then
+    the block table [num_rows, width]; end to end.
+    """
+    section, num_seqs = decode_section(num_rows), len(batch.query_lens)
+    packed = np.zeros(5 * section + num_rows * width, dtype=np.int32)
+    token_ids, positions, slot_mapping, seq_lens, sources = packed[: 5 * section].reshape(5, section)
+    token_ids[:num_seqs] = batch.token_ids
+    positions[:num_seqs] = batch.positions
+    slot_mapping[num_seqs:] = -1
+    slot_mapping[:num_seqs] = batch.slot_mapping
+    seq_lens[:num_seqs] = batch.seq_lens
+    sources[:] = -1
+    for row, sequence_id in batch.pending:
+        sources[row] = rows_before[sequence_id]
+    used = min(width, batch.block_table.shape[1])  # spare blocks may lie past the longest context
+    packed[5 * section :].reshape(num_rows, width)[:num_seqs, :used] = batch.block_table[:, :used]
+    return packed
 
 
 def _ends_pending(item: ScheduledSequence) -> bool:

@@ -154,6 +154,8 @@ class EngineInfo:
     load_seconds: float
     async_scheduling: bool = False
     """Whether steps overlap (see engine/core.py)."""
+    cuda_graphs: str = ""
+    """How many there are and what they took, or why there are none. Empty where nobody would look for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,8 @@ class EngineArgs:
     """How to build an engine. Sent to the engine process when it starts."""
 
     model_folder: str
+    load_format: str = "auto"
+    """"dummy": random weights of the folder's shape (model/dummy.py)."""
     device: str = "auto"
     dtype: str = "auto"
     attention_backend: str = "auto"
@@ -227,6 +231,8 @@ class EngineArgs:
 
     None: on CUDA, where the device computes beside the host, if there are no drafts.
     """
+    enforce_eager: bool = False
+    """Launch every kernel of every step: no CUDA graphs."""
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores."""
     num_speculative_tokens: int = 0

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from engine.answer import SampledToken
+from engine.cuda_graphs import Capture, DecodeGraphs
 from engine.device import HostCopy, to_device
+from engine.encoder_graphs import EncoderGraphs
 from engine.guidance import Guidance, TokenMasks
 from engine.input_batch import InputBatch, build_input_batch
 from engine.messages import AudioClip, SequenceId
@@ -69,7 +71,9 @@ class PendingStep:
     plan: SchedulerOutput
     encoded: EncodedClips
     hidden: Tensor | None = None
-    """[R, C], normalised: of the packed rows that may be sampled. None when the plan has no tokens."""
+    """[R, C], normalised: of the packed rows that may be sampled. None when none is, or `logits` are there."""
+    logits: Tensor | None = None
+    """float32 [B, V], of all sequences of a replayed step, until the next is launched."""
     last_rows: tuple[int, ...] = ()
     """Of each sequence of the plan, its last packed row."""
     place_of: dict[int, int] = field(default_factory=dict)
@@ -97,8 +101,18 @@ class ModelRunner:
             model.config.text, num_blocks, block_size, model.kv_cache_dtype, self.device
         )
         self.sampler = Sampler(max_num_seqs, model.config.text.vocab_size, self.device)
+        self.graphs: DecodeGraphs | None = None
+        self.encoder_graphs: EncoderGraphs | None = None
         self._clips: dict[str, Tensor] = {}
         """Content hash -> embeddings [A, C]."""
+
+    def capture_graphs(self, capture: Capture, max_num_seqs: int, max_model_len: int) -> str:
+        """From now on replay what can be replayed. -> what to tell of it."""
+        self.graphs = DecodeGraphs(self.model, self.kv_cache, max_num_seqs, max_model_len, capture)
+        self.graphs.capture()
+        self.encoder_graphs = EncoderGraphs(self.model, capture)
+        self.encoder_graphs.capture()
+        return f"{self.graphs}; {self.encoder_graphs}"
 
     def execute(self, plan: SchedulerOutput) -> StepResult:
         """All parts, one after the other."""
@@ -121,28 +135,46 @@ class ModelRunner:
             step.place_of = {row: place for place, row in enumerate(wanted)}
             if before is None:
                 step.masks = self.guidance.fill(list(wanted.values()))
-            step.hidden = self._forward(batch, before, list(wanted))
+            if self.graphs and self.graphs.takes(batch):
+                step.logits = self._replay(self.graphs, batch, before)
+            else:
+                step.hidden = self._forward(batch, before, list(wanted))
         return step
 
     @torch.inference_mode()
     def sample(self, step: PendingStep) -> None:
         """Queue the choice of tokens for the sequences that have not ended; nothing of them is pending any more."""
         rows = sample_rows(step.plan, step.last_rows)
-        if not rows or step.hidden is None:
+        if not rows:
             return
         batch = list(rows.values())
         masks = step.masks or self.guidance.fill(batch)
-        hidden = step.hidden
-        if len(rows) < len(step.place_of):  # some have ended since
-            hidden = hidden[to_device([step.place_of[row] for row in rows], self.device)]
-        logits = self.model.compute_logits(hidden)
-        step.hidden = None
+        logits = self._logits(step, list(rows))
         step.sampled = self.sampler.sample(logits, batch, masks.result() if masks else None)
 
     def release(self, sequence_id: SequenceId) -> None:
         """Forget an ended sequence. Fine for one never seen."""
         self.sampler.penalties.release(sequence_id)
         self.guidance.release(sequence_id)
+
+    def _logits(self, step: PendingStep, rows: list[int]) -> Tensor:
+        """Of these packed rows of the step, to be overwritten. -> float32 [R, V]."""
+        if step.logits is not None:
+            whole = len(rows) == len(step.logits)
+            return step.logits if whole else step.logits[to_device(rows, self.device)]
+        assert step.hidden is not None
+        hidden, step.hidden = step.hidden, None
+        if len(rows) < len(step.place_of):  # some have ended since
+            hidden = hidden[to_device([step.place_of[row] for row in rows], self.device)]
+        return self.model.compute_logits(hidden)
+
+    def _replay(self, graphs: DecodeGraphs, batch: InputBatch, before: PendingStep | None) -> Tensor:
+        """-> float32 [B, V]."""
+        if not batch.pending:
+            return graphs.replay(batch, {}, None)
+        assert before is not None
+        assert before.sampled is not None
+        return graphs.replay(batch, before.sampled.row_of, before.sampled.token_ids)
 
     def _forward(self, batch: InputBatch, before: PendingStep | None, wanted: list[int]) -> Tensor:
         """-> normalised hidden states of the packed rows that are wanted, [R, C]."""
@@ -200,8 +232,12 @@ class ModelRunner:
         return frozenset()
 
     def _encode_batch(self, clips: Rows[AudioClip]) -> None:
-        samples = [to_device(clip.samples, self.device) for clip in clips]
-        for clip, rows in zip(clips, self.model.encode_audio(samples), strict=True):
+        samples = [clip.samples for clip in clips]
+        if self.encoder_graphs and self.encoder_graphs.takes(samples):
+            embeddings = self.encoder_graphs.encode(samples)
+        else:
+            embeddings = self.model.encode_audio(samples)
+        for clip, rows in zip(clips, embeddings, strict=True):
             if rows.shape[0] != clip.num_tokens:
                 raise ValueError(f"{clip.num_tokens} placeholders for {rows.shape[0]} audio tokens")
-            self._clips[clip.content_hash] = rows.clone()  # a view would keep all that were encoded with it
+            self._clips[clip.content_hash] = rows.clone()  # a view would keep, or become, what others are encoded to

@@ -9,11 +9,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from model.errors import CheckpointError
 
-WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+WANTED_FILES = ["*.json", "*.jinja", "merges.txt"]
+WEIGHT_FILES = ["*.safetensors"]
 """Data only: no pickles and no code are ever fetched."""
 
 
-def resolve_checkpoint(path_or_id: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+def resolve_checkpoint(
+    path_or_id: str, revision: str | None = None, download_dir: str | None = None, *, with_weights: bool = True
+) -> Path:
     """A local folder as it is; anything else as a hub id, downloaded with a progress bar unless cached.
 
     Raises CheckpointError when it is neither.
@@ -24,9 +27,8 @@ def resolve_checkpoint(path_or_id: str, revision: str | None = None, download_di
     if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1:
         raise CheckpointError(f"{path_or_id} is neither a folder nor a hub id of the form owner/name")
     try:
-        return Path(
-            snapshot_download(path_or_id, revision=revision, cache_dir=download_dir, allow_patterns=WANTED_FILES)
-        )
+        wanted = WANTED_FILES + WEIGHT_FILES if with_weights else WANTED_FILES
+        return Path(snapshot_download(path_or_id, revision=revision, cache_dir=download_dir, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path_or_id} is no folder here and could not be downloaded: {reason}") from None

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionMetadata
 from model.audio_encoder import AudioEncoder
-from model.config import Qwen2AudioConfig
+from model.clip_pack import PackedClips, Samples, pack_clips
+from model.config import Qwen2AudioConfig, num_audio_tokens
 from model.linear import Linear
 from model.qwen2 import Qwen2Decoder
 
@@ -47,10 +48,19 @@ class Qwen2Audio(nn.Module):
         """Precision of keys and values in the cache."""
         return self.backend.kv_cache_dtype(self.dtype, self.device)
 
-    def encode_audio(self, clips: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Clips to rows of the decoder's input. clips: float32 [S_i] at 16 kHz -> one [A_i, C] each."""
-        hidden, num_tokens = self.audio_tower(clips)
-        return self.projector(hidden).split(num_tokens)
+    def encode_audio(self, clips: Sequence[Samples]) -> tuple[Tensor, ...]:
+        """Clips to rows of the decoder's input. clips: float32 [S_i] at 16 kHz, on the host -> one [A_i, C] each."""
+        pack = pack_clips(clips, self.device)
+        rows = self.encode_mel(self.mel(pack), pack)
+        return rows.split_with_sizes([num_audio_tokens(len(clip)) for clip in clips])
+
+    def mel(self, pack: PackedClips) -> Tensor:
+        """Spectrogram of all clips, blanks included. -> [num_mel_bins, S]."""
+        return self.audio_tower.mel(pack)
+
+    def encode_mel(self, mel: Tensor, pack: PackedClips) -> Tensor:
+        """mel: [num_mel_bins, S] -> [A, C]: the rows of all clips, in order."""
+        return self.projector(self.audio_tower(mel, pack))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids: int32 [T] -> [T, C]."""

@@ -74,7 +74,10 @@ async def start_engine(settings: Settings) -> tuple[ProcessEngineClient, Path]:
     Raises ModelError and EngineStartError.
     """
     checkpoint = resolve_checkpoint(
-        settings.model or str(BUNDLED_CHECKPOINT), settings.revision, settings.download_dir
+        settings.model or str(BUNDLED_CHECKPOINT),
+        settings.revision,
+        settings.download_dir,
+        with_weights=settings.load_format == "auto",
     )
     return await ProcessEngineClient.start(_engine_args(settings, checkpoint)), checkpoint
 
@@ -101,6 +104,7 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
 def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
     return EngineArgs(
         model_folder=str(checkpoint),
+        load_format=settings.load_format,
         device=settings.device,
         dtype=settings.dtype,
         attention_backend=settings.attention_backend,
@@ -113,6 +117,7 @@ def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         prefix_cache_bytes=None if settings.prefix_cache_mb is None else int(settings.prefix_cache_mb * 2**20),
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
         async_scheduling=settings.async_scheduling,
+        enforce_eager=settings.enforce_eager,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         num_speculative_tokens=settings.num_speculative_tokens,

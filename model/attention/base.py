@@ -42,7 +42,9 @@ class EncoderMetadata:
     """Clips of one packed encoder run."""
 
     lens: tuple[int, ...]
-    """Encoder frames of each clip, in packed order."""
+    """Encoder frames of each clip, in packed order; upper bounds while a run is captured."""
+    starts: Tensor | None = None
+    """int32 [clips + 1]: where each clip's frames begin, and E; on the device, for backends that read it there."""
 
 
 class AttentionBackend(Protocol):
@@ -51,6 +53,9 @@ class AttentionBackend(Protocol):
     name: str
     block_sizes: tuple[int, ...]
     """Block sizes it supports, the preferred one first."""
+    supports_graphs: bool
+    """Whether what it queues depends on device tensors and on the shapes of a step alone, so that it can be captured
+    and replayed. Host lengths are upper bounds then; rows of length 0 with slot -1 write nothing and give zeros."""
 
     def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """The precision in which keys and values are kept for weights of a precision."""

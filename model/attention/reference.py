@@ -21,6 +21,7 @@ class ReferenceBackend:
 
     name = "reference"
     block_sizes: tuple[int, ...] = (16,)
+    supports_graphs = False
 
     def __init__(self) -> None:
         self._scratch: Tensor | None = None

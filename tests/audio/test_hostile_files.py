@@ -56,7 +56,7 @@ def test_ffmpeg_itself_may_open_nothing_else(name, demuxers, tmp_path, monkeypat
     started = time.perf_counter()
     with pytest.raises(CODEC_ERRORS):
         list(read_blocks(io.BytesIO(UNREADABLE[name][0]), demuxers))
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 20
 
 
 def wav_header(rate=16_000, channels=1, bits=16, data_size=3_200, format_tag=1):
