@@ -40,13 +40,13 @@ class NullEngineClient:
         """Nothing to stop."""
 
 
-def serve(parent: Connection) -> None:
+def serve(parent: Connection, settings: Settings | None = None) -> None:
     """In a process of its own: the real application on a free port, which is sent, until the parent says a word."""
-    asyncio.run(_serve(parent))
+    asyncio.run(_serve(parent, settings or Settings()))
 
 
-async def _serve(parent: Connection) -> None:
-    app = create_app(Settings(), NullEngineClient(), BUNDLED_CHECKPOINT)
+async def _serve(parent: Connection, settings: Settings) -> None:
+    app = create_app(settings, NullEngineClient(), BUNDLED_CHECKPOINT)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve())
     while not server.started:

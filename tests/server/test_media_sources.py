@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gc
 import os
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +16,7 @@ import httpx
 import pytest
 
 from configs.command_line import SettingsError, load_settings
+from server.errors import ApiError
 
 from .conftest import Served, Servers, text_part, user, wav_base64
 
@@ -102,3 +105,18 @@ def test_local_files_are_off_by_default(served: Served, tmp_path: Path) -> None:
 def test_the_folder_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="allowed-local-media-path"):
         load_settings(["--allowed-local-media-path", str(tmp_path / "missing")], {})
+
+
+def test_a_refusal_is_forgotten_at_once(served: Served) -> None:
+    """A failure and the frames that it went through hold each other, and the request's megabytes with them."""
+    part = {"type": "input_audio", "input_audio": {"data": "A" * 500_000 + "*", "format": "wav"}}
+    gc.collect()
+    gc.disable()
+    try:
+        assert served.post({"messages": [user(part, text_part("Well?"))]}).status_code == 400
+        deadline = time.monotonic() + 5
+        while any(type(kept) is ApiError for kept in gc.get_objects()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        gc.enable()
