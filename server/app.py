@@ -17,7 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from audio import AudioLimits, AudioLoader, FetchPolicy, MediaFetcher
+from audio import AudioLimits, AudioLoader, FetchPolicy
+from audio.fetch import MediaFetcher
+from audio.local_file import LocalFiles
+from audio.media_cache import MediaCache
 from configs.recipes import transcription_recipe
 from configs.settings import Settings
 from engine.client import EngineClient
@@ -55,12 +58,13 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     that cannot.
     """
     keys = api_keys(settings)
-    loader = _audio_loader(settings)
+    loader = _audio_loader(settings, keys)
     quotas = Quotas(_quota_limits(settings))
     serving = _serving(settings, engine, checkpoint, _media(settings, loader, keys, quotas))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loader.warm_up()
         yield
         await loader.aclose()
         serving.grammars.close()
@@ -139,7 +143,7 @@ def _transcriber(settings: Settings, serving: Serving, loader: AudioLoader) -> T
     return Transcriber(serving, loader, limits, Recipe(**transcription_recipe(kind)), window_samples)
 
 
-def _audio_loader(settings: Settings) -> AudioLoader:
+def _audio_loader(settings: Settings, keys: ApiKeys) -> AudioLoader:
     limits = AudioLimits(
         max_clip_bytes=int(settings.max_audio_clip_mb * MIB),
         max_clip_seconds=settings.max_audio_seconds,
@@ -148,7 +152,13 @@ def _audio_loader(settings: Settings) -> AudioLoader:
         allowed_domains=frozenset(settings.allowed_media_domains),
         allowed_private_hosts=frozenset(settings.allowed_private_media_hosts),
     )
-    return AudioLoader(limits, MediaFetcher(policy, limits))
+    cache = MediaCache(int(settings.media_cache_mb * MIB), num_scopes=keys.__len__)
+    folder = settings.allowed_local_media_path
+    return AudioLoader(
+        limits,
+        MediaFetcher(policy, limits, cache=cache),
+        local_files=None if folder is None else LocalFiles(folder, limits),
+    )
 
 
 def _media(settings: Settings, loader: AudioLoader, keys: ApiKeys, quotas: Quotas) -> MediaLoader:
