@@ -27,6 +27,7 @@ from model.checkpoint import resolve_checkpoint
 from model.errors import ModelError
 from server.app import api_keys, create_app
 from server.connection import server_config
+from server.heap import give_large_blocks_back
 from server.key_file import KeysError
 from server.lifecycle import LAST_WORDS_SECONDS, serve_until_end
 from server.logs import configure_logging
@@ -51,6 +52,7 @@ def main() -> int:
     except (SettingsError, KeysError) as error:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level)
+    give_large_blocks_back()
     if not is_closed and not _is_loopback(settings.host):
         logger.warning("open to all who reach %s: set --api-key or --api-key-file", settings.host)
     signal.signal(signal.SIGTERM, _stop_loading)  # until the server has its own handlers
