@@ -1,4 +1,4 @@
-"""Large blocks go back to the system when they are freed: in a process of its own, which is not this one's history."""
+"""Large blocks go back to the system when they are freed: in a process of its own, as history matters."""
 
 from __future__ import annotations
 
