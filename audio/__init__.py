@@ -11,6 +11,7 @@ from audio.errors import AudioDecodeError, AudioError, AudioFetchError, AudioLim
 from audio.fetch import MediaFetcher
 from audio.limits import AudioLimits, FetchPolicy
 from audio.loader import AudioLoader
+from audio.observer import LoadObserver
 from audio.pcm import SAMPLE_RATE, Pcm
 from audio.segment import segment
 from audio.source import AudioBytes, AudioSource, AudioUrl, InlineAudio
@@ -29,6 +30,7 @@ __all__ = [
     "AudioUrl",
     "FetchPolicy",
     "InlineAudio",
+    "LoadObserver",
     "MediaFetcher",
     "Pcm",
     "decode",

@@ -10,16 +10,20 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import IO
 
 from audio.decode import decode, decode_blocks
 from audio.errors import AudioFetchError
 from audio.fetch import MediaFetcher
 from audio.limits import AudioLimits
+from audio.observer import NOBODY, LoadObserver
 from audio.pcm import Pcm
 from audio.segment import segment
+from audio.sniff import container_name
 from audio.source import AudioBytes, AudioSource, InlineAudio, decode_data_url, decode_inline, is_data_url
 
 DECODER_NICENESS = 5
@@ -38,14 +42,22 @@ class AudioLoader:
         self._executor = ThreadPoolExecutor(num_workers, "audio-decode", _yield_to_others)
         self._slots = asyncio.Semaphore(num_workers)
 
-    async def load(self, source: AudioSource) -> Pcm:
+    async def load(self, source: AudioSource, observer: LoadObserver = NOBODY) -> Pcm:
         """The clip at `source`. Raises AudioError, whose subclass and code say what is wrong."""
-        read = await self._reader(source)
-        async with self._slots:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, lambda: decode(read(), self._limits))
+        read = await self._reader(source, observer)
 
-    async def stream(self, file: IO[bytes], limits: AudioLimits, max_samples: int) -> AsyncGenerator[Pcm, None]:
+        def load() -> Pcm:
+            data = read()
+            observer.file(len(data), container_name(data))
+            with _timed(observer, "decode"):
+                return decode(data, self._limits)
+
+        async with self._slots:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, load)
+
+    async def stream(
+        self, file: IO[bytes], limits: AudioLimits, max_samples: int, observer: LoadObserver = NOBODY
+    ) -> AsyncGenerator[Pcm, None]:
         """The windows of a seekable file, cut by `audio.segment`, each decoded when it is asked for.
 
         `limits` are this file's, instead of the loader's own. The file is in use until the generator is closed.
@@ -55,7 +67,7 @@ class AudioLoader:
         in_use = threading.Lock()  # a step whose reader was cancelled may still be running
 
         def step() -> Pcm | None:
-            with in_use:
+            with in_use, _timed(observer, "decode"):
                 samples = next(windows, None)
             return None if samples is None else Pcm(samples)
 
@@ -80,7 +92,7 @@ class AudioLoader:
             await self._fetcher.aclose()
         await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
 
-    async def _reader(self, source: AudioSource) -> Callable[[], bytes]:
+    async def _reader(self, source: AudioSource, observer: LoadObserver) -> Callable[[], bytes]:
         """What gives the file's bytes when called in a worker: even base64 is too slow for the loop."""
         limits = self._limits
         if isinstance(source, AudioBytes):
@@ -91,8 +103,18 @@ class AudioLoader:
             return lambda: decode_data_url(source.url, limits)
         if self._fetcher is None:
             raise AudioFetchError("media_url_refused", "This server does not fetch audio from URLs.")
-        data = await self._fetcher.fetch(source.url)
+        with _timed(observer, "fetch"):
+            data = await self._fetcher.fetch(source.url)
         return lambda: data
+
+
+@contextmanager
+def _timed(observer: LoadObserver, stage: str) -> Iterator[None]:
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        observer.stage(stage, began, time.monotonic())
 
 
 def _yield_to_others() -> None:

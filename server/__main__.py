@@ -28,6 +28,7 @@ from model.errors import ModelError
 from server.app import create_app
 from server.lifecycle import LAST_WORDS_SECONDS, serve_until_end
 from server.logs import configure_logging
+from server.metrics_server import metrics_served
 from server.summary import startup_summary
 
 BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"
@@ -47,7 +48,7 @@ def main() -> int:
         settings = load_settings(sys.argv[1:])
     except SettingsError as error:
         return _fail(str(error), EXIT_USAGE)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, as_json=settings.log_json)
     signal.signal(signal.SIGTERM, _stop_loading)  # until the server has its own handlers
     try:
         return asyncio.run(_run(settings))
@@ -97,7 +98,8 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_WORDS_SECONDS,
     )
-    cause = await serve_until_end(app, engine, config, listener, settings.shutdown_timeout)
+    async with metrics_served(app.state.metrics, settings.metrics_host, settings.metrics_port):
+        cause = await serve_until_end(app, engine, config, listener, settings.shutdown_timeout)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
 
 

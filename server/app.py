@@ -23,15 +23,18 @@ from configs.settings import Settings
 from engine.client import EngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
+from server.access_log import AccessLog
 from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
 from server.errors import to_api_error
 from server.media import MediaLoader
+from server.metrics import Metrics
 from server.middleware import RequestScope, Traffic
 from server.openapi import make_document
 from server.prompt import PromptBuilder
-from server.routes import allowed_methods, router
+from server.request_record import RequestObserver
+from server.routes import allowed_methods, route_of, router
 from server.serving import Serving
 from server.structured import GrammarCompiler
 from server.tokenizer import Tokenizer
@@ -52,6 +55,8 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     """
     loader = _audio_loader(settings)
     serving = _serving(settings, engine, checkpoint, loader)
+    metrics = Metrics(engine, serving.model_names[0])
+    observers: list[RequestObserver] = [metrics, AccessLog()]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,13 +68,21 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.state.serving = serving
     app.state.transcriber = _transcriber(settings, serving, loader)
     app.state.traffic = Traffic()
+    app.state.metrics = metrics
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
     app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
     app.state.openapi = make_document(router.routes, has_keys=bool(settings.api_key))
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)
-    app.add_middleware(RequestScope, keys=ApiKeys(settings.api_key), traffic=app.state.traffic)
+    app.add_middleware(
+        RequestScope,
+        keys=ApiKeys(settings.api_key),
+        traffic=app.state.traffic,
+        route_of=route_of,
+        observers=observers,
+        meter=app.state.metrics,
+    )
     return app
 
 
@@ -149,6 +162,7 @@ def _audio_store(settings: Settings) -> AudioStore:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     told = to_api_error(error)
+    request.state.record.refusal = str(told.status)
     if told.status == 405:
         told = replace(told, headers={"Allow": ", ".join(allowed_methods(request.scope))})
     return told.response()

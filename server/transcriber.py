@@ -9,6 +9,7 @@ silence are not sent to the model, which would describe them. Closing the iterat
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -134,7 +135,8 @@ class Transcription:
     async def _windows(self, slots: asyncio.Semaphore) -> AsyncGenerator[_Window, None]:
         """Windows in order, each already with the engine. A slot is taken for each."""
         transcriber = self.transcriber
-        stream = transcriber.loader.stream(self.file, transcriber.limits, transcriber.window_samples)
+        record = transcriber.serving.record
+        stream = transcriber.loader.stream(self.file, transcriber.limits, transcriber.window_samples, record)
         start = 0
         async with aclosing(stream) as windows:
             while True:
@@ -145,6 +147,7 @@ class Transcription:
                     raise bad_request(error.message, "file", error.code) from None
                 if pcm is None:
                     return
+                record.clip_seconds.append(pcm.duration_s)
                 yield await self._begin(pcm, start)
                 start += pcm.num_samples
 
@@ -200,6 +203,8 @@ class Transcription:
             new_detokenizer=partial(IncrementalDetokenizer, serving.prompts.tokenizer),
             usage=Usage(num_prompt_tokens, prompt.num_audio_tokens),
             eos_token_ids=frozenset(serving.defaults.eos_token_ids),
+            record=serving.record,
+            began=time.monotonic(),
         )
 
     def _sampling(self, room: int) -> SamplingParams:
