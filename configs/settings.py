@@ -186,6 +186,7 @@ class Settings(BaseModel):
         "URL that traces are sent to as OTLP over HTTP, such as http://localhost:4318/v1/traces; needs the extra "
         "tympan[otel]; default: no traces",
         metavar="URL",
+        pattern=r"^https?://\S+$",
     )
     log_json: bool = _setting("server", False, "log lines as JSON, each request's with all that is known of it")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("server", "info", "least severe log lines")

@@ -29,6 +29,7 @@ from server.app import create_app
 from server.lifecycle import LAST_WORDS_SECONDS, serve_until_end
 from server.logs import configure_logging
 from server.metrics_server import metrics_served
+from server.observers import TracingError, check_tracing
 from server.summary import startup_summary
 
 BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"
@@ -46,7 +47,9 @@ def main() -> int:
     """Run the server. -> exit status."""
     try:
         settings = load_settings(sys.argv[1:])
-    except SettingsError as error:
+        if settings.otlp_traces_endpoint:
+            check_tracing()
+    except (SettingsError, TracingError) as error:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level, as_json=settings.log_json)
     signal.signal(signal.SIGTERM, _stop_loading)  # until the server has its own handlers

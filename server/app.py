@@ -6,6 +6,7 @@ Starts and stops nothing but the audio loader and the compiler of grammars.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ from server.errors import to_api_error
 from server.media import MediaLoader
 from server.metrics import Metrics
 from server.middleware import RequestScope, Traffic
+from server.observers import start_tracer
 from server.openapi import make_document
 from server.prompt import PromptBuilder
 from server.request_record import RequestObserver
@@ -51,18 +53,21 @@ _END_TOKENS = (_CHAT_END, "<|endoftext|>")
 def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> FastAPI:
     """An application that answers with `engine`, which runs `checkpoint`.
 
-    Raises ConfigError when the checkpoint's tokenizer, template or configuration cannot be used.
+    Raises ConfigError when the checkpoint's tokenizer, template or configuration cannot be used, TracingError.
     """
     loader = _audio_loader(settings)
     serving = _serving(settings, engine, checkpoint, loader)
     metrics = Metrics(engine, serving.model_names[0])
-    observers: list[RequestObserver] = [metrics, AccessLog()]
+    tracer = start_tracer(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
+    observers: list[RequestObserver] = [metrics, AccessLog(), *((tracer,) if tracer else ())]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await loader.aclose()
         serving.grammars.close()
+        if tracer:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.serving = serving

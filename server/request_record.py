@@ -140,8 +140,6 @@ class RequestRecord:
     """The code of the error that was answered, or its status."""
     model: str | None = None
     is_stream: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
     stages: list[Stage] = field(default_factory=list)
     files: list[tuple[int, str]] = field(default_factory=list)
     """Bytes and container of each audio file."""

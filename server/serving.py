@@ -162,7 +162,6 @@ class Serving:
             grammar=grammar,
         )
         self.record.is_stream = bool(request.stream)
-        self.record.temperature, self.record.top_p = sampling.temperature, sampling.top_p
         show_special = request.skip_special_tokens is False
         return Generation(
             engine=self.engine,
