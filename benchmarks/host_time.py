@@ -48,7 +48,7 @@ class NoModel(nn.Module):
 
     def __init__(self, real: Any) -> None:
         super().__init__()
-        self.config = real.config
+        self.config, self.shard = real.config, real.shard
         generator = torch.Generator().manual_seed(0)
         self._logits = torch.randn(real.config.text.vocab_size, generator=generator).to(real.device)
 

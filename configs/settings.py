@@ -78,10 +78,30 @@ class Settings(BaseModel):
         "engine", "auto", "precision of weights and activations"
     )
     attention_backend: Literal["auto", "cpu", "triton", "flash_attn", "torch_varlen", "reference"] = _setting(
-        "engine", "auto", "attention kernels"
+        "engine",
+        "auto",
+        "attention kernels; auto on CUDA: triton, our own, else flash_attn (version 3 on Hopper where it is "
+        "installed, else 2), else torch_varlen, else plain torch, the reference; on a CPU: cpu",
     )
-    quantization: Literal["int8"] | None = _setting(
-        "engine", None, "int8: on a CPU, products of few rows read weights of 8 bits; default: weights as stored"
+    quantization: Literal["fp8", "int8"] | None = _setting(
+        "engine",
+        None,
+        "fp8: on a GPU, the decoder multiplies in float8 (e4m3); int8: on a CPU, products of few rows read weights "
+        "of 8 bits; default: weights as stored",
+    )
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = _setting(
+        "engine",
+        "auto",
+        "precision of keys and values: fp8 (e4m3) holds twice the tokens of bfloat16, under scales that the "
+        "checkpoint brings or that no value exceeds; auto: as computed",
+    )
+    tensor_parallel_size: int = _setting(
+        "engine",
+        1,
+        "GPUs of this machine that share one model, for cards that are too small alone; it must divide the numbers "
+        "of attention and key-value heads",
+        ge=1,
+        le=64,
     )
     seed: int | None = _setting(
         "engine", None, "base of the seeds of requests that bring none; default: from the system", ge=0, lt=2**63

@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.device import copy_into, free_bytes
 from engine.input_batch import InputBatch, decode_section, pad_decodes
 from engine.messages import SequenceId
-from model.attention import AttentionBackend, AttentionMetadata
+from model.attention import AttentionMetadata
 from model.qwen2_audio import Qwen2Audio
 
 
@@ -59,16 +59,17 @@ class CudaCapture:
         return graph
 
 
-def graph_capture(
-    device: torch.device, backend: AttentionBackend, enforce_eager: bool
-) -> tuple[Capture | None, str]:
+def graph_capture(model: Qwen2Audio, enforce_eager: bool) -> tuple[Capture | None, str]:
     """-> (how to capture, or None: nothing is, and why not)."""
+    device = model.device
     if enforce_eager:
         return None, "--enforce-eager"
     if device.type != "cuda":
         return None, f"{device.type} has none"
-    if not backend.supports_graphs:
-        return None, f"attention {backend.name} reads lengths on the host"
+    if not model.backend.supports_graphs:
+        return None, f"attention {model.backend.name} reads lengths on the host"
+    if model.shard.size > 1:
+        return None, "--tensor-parallel-size: all ranks would have to replay together"
     return CudaCapture(device), ""
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineStartError
+from model.parallel import WHOLE, Shard
 
 GPU_TOKEN_BUDGET = 1024
 CPU_TOKEN_BUDGET = 512
@@ -21,12 +22,19 @@ CPU_TOKEN_BUDGET = 512
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cuda` or `cpu` -> a device. Raises EngineStartError when it is not there."""
+def resolve_device(name: str, shard: Shard = WHOLE) -> torch.device:
+    """`auto`, `cuda` or `cpu` -> a device. Raises EngineStartError when it is not there.
+
+    With several ranks, each has a GPU of its own, from now on its process's current one.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise EngineStartError("--device cuda: torch sees no CUDA device here; use --device cpu or mend the driver")
+    if name == "cuda" and shard.size > 1:
+        if shard.size > (visible := torch.cuda.device_count()):
+            raise EngineStartError(f"--tensor-parallel-size {shard.size}: torch sees {visible} CUDA device(s) here")
+        torch.cuda.set_device(shard.rank)
     return torch.device(name)
 
 

@@ -3,7 +3,8 @@
 EngineError
 ├── RequestError       this request: the engine refused it or its own computation failed; others go on
 ├── EngineDeadError    the process: it has failed or ended; every request in flight ends with this
-└── EngineStartError   the process could not start; the message tells the operator what to mend
+├── EngineStartError   the process could not start; the message tells the operator what to mend
+└── RankError          a rank of a tensor-parallel engine has failed or is out of step: none of them can go on
 """
 
 
@@ -21,3 +22,7 @@ class EngineDeadError(EngineError):
 
 class EngineStartError(EngineError):
     """The engine could not be built: checkpoint, device or memory. Read by the operator."""
+
+
+class RankError(EngineError):
+    """The ranks compute each step together, so that what ends one of them ends the engine."""

@@ -4,6 +4,7 @@ On CUDA the KV cache gets `gpu_memory_utilization` of the card, less what others
 allocator held while the largest encoder run, the largest step and the dearest sampling ran, less CUDA graphs, less
 the encoder's cache. What the allocator held, not what was in use: fragmentation takes the difference in service too.
 Nothing that is computed in service is larger than what was run here, so service does not run out of memory.
+Of several ranks each has its heads' part of a block, and all have as many blocks as fit on the fullest.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_mode
     per_sequence = -(-max_model_len // block_size)
     most = args.max_num_seqs * per_sequence  # more could never be used
     budget, where = _budget(args, model, block_size, max_model_len)
-    num_blocks = min(most, budget // block_bytes)
+    num_blocks = min(most, model.shard.minimum(budget // block_bytes, model.device))
     if num_blocks < per_sequence:
         raise EngineStartError(
             f"the KV cache holds {max(0, num_blocks) * block_size} tokens, --max-model-len is {max_model_len}: "
@@ -105,7 +106,7 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len:
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes, ""
     if model.device.type != "cuda":
-        return CPU_KV_BYTES, ""
+        return CPU_KV_BYTES // model.shard.size, ""
     use = measure(args, model, block_size, max_model_len)
     return use.left(args.gpu_memory_utilization), (
         f"; or lower --max-num-batched-tokens or --max-num-seqs, or set --enforce-eager: {use}"
@@ -123,7 +124,7 @@ def measure(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len:
     kv_bytes = kv_cache.numel() * kv_cache.element_size()
     free, total = torch.cuda.mem_get_info(device)
     elsewhere = total - free - torch.cuda.memory_reserved(device)
-    capture, _ = graph_capture(device, model.backend, args.enforce_eager)
+    capture, _ = graph_capture(model, args.enforce_eager)
     graphs = 0
     if capture is not None:
         with out_of_memory_means("for CUDA graphs: lower --max-num-seqs, or set --enforce-eager"):
@@ -163,8 +164,9 @@ def graph_bytes(graphs: DecodeGraphs | EncoderGraphs) -> int:
 def run_largest_step(args: EngineArgs, model: Qwen2Audio, kv_cache: Tensor) -> None:
     """The encoder's largest run, then a sequence that fills the token budget, then the dearest way to sample."""
     device, num_tokens = model.device, _token_budget(args)
-    num_clips = max(1, args.max_encoder_frames // MAX_MEL_FRAMES)
-    model.encode_audio([np.zeros(MAX_AUDIO_SAMPLES, dtype=np.float32)] * num_clips)
+    if model.shard.rank == 0:
+        num_clips = max(1, args.max_encoder_frames // MAX_MEL_FRAMES)
+        model.encode_audio([np.zeros(MAX_AUDIO_SAMPLES, dtype=np.float32)] * num_clips)
     positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
     num_blocks = kv_cache.shape[2]
     metadata = AttentionMetadata(
@@ -180,7 +182,8 @@ def run_largest_step(args: EngineArgs, model: Qwen2Audio, kv_cache: Tensor) -> N
     hidden = model(model.embed(torch.zeros_like(positions)), positions, kv_cache, metadata)
     members = _dearest_rows(args)[:num_tokens]
     logits = model.compute_logits(hidden[: len(members)])
-    Sampler(args.max_num_seqs, logits.shape[1], device).sample(logits, members).result()
+    if model.shard.rank == 0:
+        Sampler(args.max_num_seqs, logits.shape[1], device).sample(logits, members).result()
 
 
 def _dearest_rows(args: EngineArgs) -> list[SampleRow]:

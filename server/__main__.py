@@ -114,6 +114,8 @@ def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         dtype=settings.dtype,
         attention_backend=settings.attention_backend,
         quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        tensor_parallel_size=settings.tensor_parallel_size,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -117,14 +117,22 @@ class DeviceBackend:
     name = "device"
     block_sizes = (16,)
     supports_graphs = True
+    supports_fp8_kv = False
 
     def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         return weights
 
     def decode(
-        self, heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """Each token looks at all places of its sequence's blocks; those past its own are masked."""
+        assert kv_scales is None
         query, key, value = rotate(heads, cos, sin, kv_layer.shape[3])
         slots = kv_layer.flatten(1, 2)
         places = metadata.slot_mapping.long()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import engine.core
+import engine.loading
 from engine.core import EngineCore
 from engine.cuda_graphs import CudaCapture, DecodeGraphs, bucket_sizes, graph_capture
 from engine.input_batch import InputBatch, build_input_batch, decode_section, pad_decodes
@@ -29,6 +31,7 @@ from model.attention.reference import ReferenceBackend
 from model.config import Qwen2AudioConfig
 from model.kv_cache import allocate_kv_cache
 from model.loader import load_model
+from model.parallel import WHOLE, Shard
 from model.qwen2_audio import Qwen2Audio
 from tests.engine.test_overlap import Answer, assert_same, requests, run, take
 from tests.graph_tape import DeviceBackend, TapeCapture
@@ -70,6 +73,7 @@ def test_padding_keeps_the_batch_and_adds_rows_that_do_nothing(
 ) -> None:
     batch = decodes(*lengths, pending=pending, spare=spare)
     width, num_seqs = MAX_LEN // P, len(lengths)
+    sections = batch.sections
     for num_rows in range(num_seqs, MAX_SEQS + 1):
         packed = pad_decodes(batch, num_rows, width, {("r0", 0): 5})
         section = decode_section(num_rows)
@@ -77,14 +81,14 @@ def test_padding_keeps_the_batch_and_adds_rows_that_do_nothing(
         parts = packed[: 5 * section].reshape(5, section)
         token_ids, positions, slots, seq_lens, sources = parts[:, :num_rows]
         table = packed[5 * section :].reshape(num_rows, width)
-        for ours, theirs in ((token_ids, batch.token_ids), (positions, batch.positions)):
+        for ours, theirs in ((token_ids, sections[0]), (positions, sections[1])):
             assert ours.tolist() == [*theirs.tolist(), *[0] * (num_rows - num_seqs)]
         assert seq_lens.tolist() == [*lengths, *[0] * (num_rows - num_seqs)]
-        assert slots.tolist() == [*batch.slot_mapping.tolist(), *[-1] * (num_rows - num_seqs)]
+        assert slots.tolist() == [*sections[2].tolist(), *[-1] * (num_rows - num_seqs)]
         assert sources.tolist() == [5 if pending else -1, *[-1] * (num_rows - 1)]
         for row, length in enumerate(lengths):
             used = -(-length // P)
-            assert table[row, :used].tolist() == batch.block_table[row, :used].tolist()
+            assert table[row, :used].tolist() == sections[5][row, :used].tolist()
         assert not table[num_seqs:].any()
 
 
@@ -128,7 +132,7 @@ def eager(
     model, cache, device = graphs._model, graphs._kv_cache.clone(), graphs._model.device
     num_seqs, width = len(batch.query_lens), graphs._width
     if exact:
-        size, width = num_seqs, batch.block_table.shape[1]
+        size, width = num_seqs, batch.sections[5].shape[1]
     packed = torch.from_numpy(pad_decodes(batch, size, width, {("r0", 0): 0})).to(device)
     section = decode_section(size)
     _, positions, slots, seq_lens, _ = packed[: 5 * section].view(5, section)[:, :size]
@@ -155,8 +159,8 @@ def test_a_replay_equals_the_eager_step_at_every_batch_size(tiny: Qwen2Audio, gq
     for num_seqs in [*range(1, MAX_SEQS + 1), *range(MAX_SEQS, 0, -1)]:
         batch = decodes(*(rng.choice((1, 2, P - 1, P, P + 1, 50, MAX_LEN)) for _ in range(num_seqs)))
         size = next(size for size in graphs.sizes if size >= num_seqs)
-        expected, cache = eager(graphs, batch, size, batch.token_ids.tolist())
-        near, _ = eager(graphs, batch, size, batch.token_ids.tolist(), exact=True)
+        expected, cache = eager(graphs, batch, size, batch.sections[0].tolist())
+        near, _ = eager(graphs, batch, size, batch.sections[0].tolist(), exact=True)
         assert graphs.takes(batch)
         with torch.inference_mode():
             logits = graphs.replay(batch, {}, None)
@@ -174,7 +178,7 @@ def test_pending_tokens_are_read_on_the_device(tiny: Qwen2Audio, gqa_folder: Pat
     assert batch.pending == ((0, ("r0", 0)),)
     for token in (3, 801):
         sampled = torch.tensor([11, 12, token, 13], device=device)
-        expected, _ = eager(graphs, batch, 4, [token, *batch.token_ids[1:].tolist()])
+        expected, _ = eager(graphs, batch, 4, [token, *batch.sections[0][1:].tolist()])
         with torch.inference_mode():
             assert torch.equal(graphs.replay(batch, {("r0", 0): 2}, sampled), expected)
 
@@ -212,14 +216,20 @@ def test_the_tape_tells_what_waits_for_the_device() -> None:
 
 
 def test_which_steps_can_have_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, backend = torch.device("cuda"), DeviceBackend()
+    def on(device: str, backend: ReferenceBackend, shard: Shard = WHOLE) -> Any:
+        return SimpleNamespace(device=torch.device(device), backend=backend, shard=shard)
+
     monkeypatch.setattr(engine.cuda_graphs, "CudaCapture", lambda device: "captured")
-    assert graph_capture(gpu, backend, enforce_eager=False) == ("captured", "")
-    assert graph_capture(gpu, backend, enforce_eager=True) == (None, "--enforce-eager")
-    assert graph_capture(torch.device("cpu"), backend, enforce_eager=False)[0] is None
-    capture, reason = graph_capture(gpu, ReferenceBackend(), enforce_eager=False)
-    assert capture is None
-    assert "reference" in reason
+    assert graph_capture(on("cuda", DeviceBackend()), enforce_eager=False) == ("captured", "")
+    assert graph_capture(on("cuda", DeviceBackend()), enforce_eager=True) == (None, "--enforce-eager")
+    for model, word in (
+        (on("cpu", DeviceBackend()), "cpu"),
+        (on("cuda", ReferenceBackend()), "reference"),
+        (on("cuda", DeviceBackend(), Shard(0, 2)), "tensor-parallel"),
+    ):
+        capture, reason = graph_capture(model, enforce_eager=False)
+        assert capture is None
+        assert word in reason
 
 
 # Whole answers.
@@ -230,7 +240,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> TapeCapture:
     """Engines on a CPU that replay tapes."""
     capture = TapeCapture()
     monkeypatch.setattr(engine.core, "graph_capture", lambda *args: (capture, ""))
-    monkeypatch.setattr(engine.core, "select_backend", lambda *args: (DeviceBackend(), "for tests"))
+    monkeypatch.setattr(engine.loading, "select_backend", lambda *args, **_: (DeviceBackend(), "for tests"))
     return capture
 
 

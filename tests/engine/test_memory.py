@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import engine.core
+import engine.loading
 import engine.memory
 from engine.core import EngineCore
 from engine.cuda_graphs import DecodeGraphs
@@ -94,6 +95,7 @@ class OnCuda:
         self.config, self.dtype, self.backend = model.config, model.dtype, model.backend
         self.kv_cache_dtype = model.kv_cache_dtype
         self.device = torch.device("cuda")
+        self.shard = model.shard
 
 
 @pytest.fixture
@@ -234,7 +236,7 @@ def test_weights_or_graphs_that_do_not_fit_say_so(
 
     args = EngineArgs(str(gqa_folder), device="cpu", num_threads=1, max_model_len=128)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.core, "load_model", full)
+        patch.setattr(engine.loading, "load_model", full)
         with pytest.raises(EngineStartError, match="loading: the weights need a larger GPU"):
             EngineCore.build(args)
     with monkeypatch.context() as patch:

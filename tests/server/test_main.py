@@ -39,14 +39,14 @@ def test_settings_reach_the_engine() -> None:
         device="cpu", dtype="float32", attention_backend="reference", max_model_len=512, max_num_seqs=3,
         max_num_batched_tokens=64, async_scheduling=True, kv_cache_memory_bytes=10**6, gpu_memory_utilization=0.5,
         seed=7, num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=4,
-        long_prefill_token_threshold=77, enforce_eager=True,
+        long_prefill_token_threshold=77, tensor_parallel_size=2, enforce_eager=True,
     )  # fmt: skip
     args = _engine_args(settings, Path("folder"))
     assert args.model_folder == "folder"
     for name in ("device", "dtype", "attention_backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
                  "async_scheduling", "kv_cache_memory_bytes", "gpu_memory_utilization", "seed",
                  "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max",
-                 "long_prefill_token_threshold", "enforce_eager"):  # fmt: skip
+                 "long_prefill_token_threshold", "tensor_parallel_size", "enforce_eager"):  # fmt: skip
         assert getattr(args, name) == getattr(settings, name)
 
 
