@@ -7,12 +7,14 @@ No label is ever a value that a client chose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
 
 from engine.messages import FinishReason
 from server import buckets
@@ -32,11 +34,25 @@ TURNED_AWAY = (429, 503)
 """Statuses of requests that were refused for what the server or the caller was busy with."""
 
 
+class _WithoutCreated(Collector):
+    """The metrics without the time at which each was made: a third of all lines, which nobody reads."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
 class Metrics:
     """See the module's docstring; a Meter and a RequestObserver."""
 
     def __init__(self, engine: EngineClient, model_name: str) -> None:
         self._registry = CollectorRegistry()
+        self._lean = _WithoutCreated(self._registry)
         self._labels = (model_name, ENGINE_INDEX)
         self._registry.register(EngineCollector(engine, self._labels))
         ProcessCollector(registry=self._registry)
@@ -178,6 +194,6 @@ class Metrics:
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Blocking: all metrics as text, in the format that an Accept header asks for. -> text, its content type."""
         if OPENMETRICS in accept.lower():
-            text: bytes = openmetrics.generate_latest(self._registry, KEEP_NAMES)  # type: ignore[no-untyped-call]
+            text: bytes = openmetrics.generate_latest(self._lean, KEEP_NAMES)  # type: ignore[no-untyped-call]
             return text, openmetrics.CONTENT_TYPE_LATEST
-        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+        return generate_latest(self._lean), CONTENT_TYPE_PLAIN_0_0_4

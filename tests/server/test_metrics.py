@@ -83,6 +83,7 @@ def test_names_and_labels_are_vllms(own: Any) -> None:
     )  # fmt: skip
     found = scrape(served)
     assert found.families.keys() >= VLLM_NAMES
+    assert not any(name.endswith("_created") for name in found.families)
     vllm = {dict(labels)["model_name"] for (name, labels) in found.samples if name.startswith("vllm:")}
     assert vllm == {"tiny-audio"}
     assert found("vllm:num_requests_running", engine="0") == 3
