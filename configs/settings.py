@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, DirectoryPath, Field, NonNegativeInt
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -259,6 +259,20 @@ class Settings(BaseModel):
         (),
         "hosts that audio may be fetched from though their addresses are private or loopback",
         metavar="HOST[:PORT]",
+    )
+    allowed_local_media_path: DirectoryPath | None = _setting(
+        "audio",
+        None,
+        "folder whose files requests may name by file: URLs, subfolders included, links out of it not; "
+        "default: file: URLs are refused",
+        metavar="DIR",
+    )
+    media_cache_mb: float = _setting(
+        "audio",
+        64,
+        "memory for audio that was fetched, in MiB, as long as its origin's Cache-Control and validators allow, an "
+        "hour at most; every API key has an equal share of it; 0: everything is fetched anew",
+        ge=0,
     )
 
     @property

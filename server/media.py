@@ -116,7 +116,7 @@ class MediaLoader:
     async def read(self, source: AudioSource, param: str) -> Pcm:
         """Fetch and decode a clip. Raises ApiError that names `param`."""
         try:
-            pcm = await self.loader.load(source, self.record)
+            pcm = await self.loader.load(source, self.caller, self.record)
         except AudioError as error:
             raise bad_request(error.message, param, error.code) from None
         self.record.clip_seconds.append(pcm.duration_s)

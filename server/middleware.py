@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -88,6 +89,8 @@ class RequestScope:
             record.status = CLIENT_GONE
         except Exception as error:
             await exchange.fail(error, scope, receive)
+            # Frames and failure hold each other, and the body with them, until a collection that may be far off.
+            traceback.clear_frames(error.__traceback__)
         finally:
             self._traffic.num_in_flight -= 1
             record.ended = time.monotonic()

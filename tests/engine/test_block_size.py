@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from torch.nn.attention import varlen
 
-from engine import core as engine_core
+from engine import loading
 from engine.core import EngineCore
 from engine.messages import EngineArgs, SequenceId
 from model.attention import AttentionBackend
@@ -58,7 +58,7 @@ def conversation(num_turns: int) -> Prompt:
 
 def build(backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> EngineCore:
     """The bundled checkpoint over a backend of our choice."""
-    monkeypatch.setattr(engine_core, "select_backend", lambda *_, **__: (backend, "a test's choice"))
+    monkeypatch.setattr(loading, "select_backend", lambda *_, **__: (backend, "a test's choice"))
     args = {"dtype": "float32", "num_threads": 1, "max_model_len": 1024, **changes}
     return EngineCore.build(EngineArgs(str(BUNDLED), device="cpu", **args))
 

@@ -10,8 +10,8 @@ from model.attention.reference import ReferenceBackend
 from model.config import TextConfig
 from model.errors import ConfigError
 from model.linear import Linear
-from model.quantization.fp8_linear import Fp8Weight, round_to_fp8
 from model.parallel import WHOLE
+from model.quantization.fp8_linear import Fp8Weight, round_to_fp8
 from model.qwen2 import Qwen2Decoder
 from model.triton_kernels.round_rows import round_rows, round_rows_plain
 from tests.model.quantization.checkpoints import fp8 as stored_fp8
