@@ -175,13 +175,14 @@ class Scheduler:
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             sequence.num_pending_tokens = 0
-            if item.start < sequence.end_of_clips <= item.start + item.num_tokens:
+            has_clips = item.start < sequence.end_of_clips
+            if has_clips and sequence.end_of_clips <= item.start + item.num_tokens:
                 sequence.encoded_at = sequence.encoded_at or time.monotonic()
             tokens = sampled.get(sequence.sequence_id)
             output = grow(sequence, tokens, self.max_model_len) if tokens else None
             num_rejected = self.speculation.count_rejected(len(item.draft_token_ids), output)
             sequence.num_computed_tokens += 0 if is_assumed else item.num_tokens - num_rejected
-            if item.start < sequence.end_of_clips:
+            if has_clips:
                 clips = sequence.request.clips
                 self.encoder_cache.release(clips, sequence.sequence_id, before=sequence.num_computed_tokens)
             if output:
