@@ -84,7 +84,7 @@ def _generations(record: RequestRecord) -> dict[str, Any]:
     return {
         "model": record.model,
         "stream": record.is_stream,
-        "prompt_tokens": sum(len(generation.request.prompt_token_ids) for generation in generations),
+        "prompt_tokens": sum(generation.num_prompt_tokens for generation in generations),
         "completion_tokens": sum(generation.num_tokens for generation in generations),
         "cached_tokens": sum(generation.num_cached_tokens for generation in generations),
         "ttft_ms": None if first_token_s is None else _ms(first_token_s),

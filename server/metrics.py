@@ -133,7 +133,7 @@ class Metrics:
         seconds = generation.first_token_at - generation.began
         self._first_token.observe(seconds)
         self._stages.labels("first_token").observe(seconds)
-        self._prompt_tokens.inc(len(generation.request.prompt_token_ids))
+        self._prompt_tokens.inc(generation.num_prompt_tokens)
         self._cached_tokens.inc(generation.num_cached_tokens)
 
     def tokens(self, num_tokens: int, gap_s: float | None) -> None:
@@ -174,12 +174,12 @@ class Metrics:
         if not generation.first_token_at:
             return
         self._whole.observe(generation.last_token_at - generation.began)
-        self._per_prompt.observe(len(generation.request.prompt_token_ids))
+        self._per_prompt.observe(generation.num_prompt_tokens)
         self._per_answer.observe(generation.num_tokens)
-        self._max_tokens.observe(generation.request.sampling.max_tokens)
-        self._choices.observe(generation.request.n)
+        self._max_tokens.observe(generation.sampling.max_tokens)
+        self._choices.observe(generation.num_choices)
         self._stages.labels("detokenize").observe(generation.detokenize_s)
-        num_gaps = generation.num_tokens / generation.request.n - 1
+        num_gaps = generation.num_tokens / generation.num_choices - 1
         if num_gaps > 0:
             mean = (generation.last_token_at - generation.first_token_at) / num_gaps
             self._mean_gap.observe(mean)

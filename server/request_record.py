@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from engine.messages import EngineOutput, EngineRequest, FinishReason, RequestTimes
+from engine.messages import EngineOutput, EngineRequest, FinishReason, RequestTimes, SamplingParams
 
 
 class Meter(Protocol):
@@ -49,9 +49,14 @@ class Stage(NamedTuple):
 
 @dataclass(slots=True)
 class GenerationRecord:
-    """One request to the engine. A context round it: choices that have not ended with it were aborted or failed."""
+    """One request to the engine. A context round it: choices that have not ended with it were aborted or failed.
 
-    request: EngineRequest
+    It keeps nothing of the request itself, whose samples must not live as long as a recording of hours is heard.
+    """
+
+    num_prompt_tokens: int
+    num_choices: int
+    sampling: SamplingParams
     began: float
     """When the caller began to wait: with the HTTP request, or when a window of a recording was sent on."""
     meter: Meter = NO_METER
@@ -112,7 +117,7 @@ class GenerationRecord:
         self.ended = time.monotonic()
         is_closed = kind is not None and issubclass(kind, GeneratorExit | CancelledError)
         rest = FinishReason.ABORT if is_closed else FinishReason.ERROR
-        self.finish_reasons += [rest] * (self.request.n - len(self.finish_reasons))
+        self.finish_reasons += [rest] * (self.num_choices - len(self.finish_reasons))
 
 
 @dataclass(slots=True)
@@ -166,7 +171,7 @@ class RequestRecord:
 
     def generation(self, request: EngineRequest, began: float) -> GenerationRecord:
         """The record of a request to the engine that begins now."""
-        record = GenerationRecord(request, began, self.meter)
+        record = GenerationRecord(len(request.prompt_token_ids), request.n, request.sampling, began, self.meter)
         self.generations.append(record)
         return record
 

@@ -108,7 +108,7 @@ def _attributes(record: RequestRecord, operation: str | None) -> dict[str, Attri
         known["tympan.audio.seconds"] = sum(record.clip_seconds)
         known["tympan.audio.count"] = len(record.clip_seconds)
     if generations := record.generations:
-        first = generations[0].request
+        first = generations[0]
         known |= {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": NAME,
@@ -117,8 +117,8 @@ def _attributes(record: RequestRecord, operation: str | None) -> dict[str, Attri
             "gen_ai.request.max_tokens": first.sampling.max_tokens,
             "gen_ai.request.temperature": first.sampling.temperature,
             "gen_ai.request.top_p": first.sampling.top_p,
-            "gen_ai.request.choice.count": first.n,
-            "gen_ai.usage.input_tokens": sum(len(one.request.prompt_token_ids) for one in generations),
+            "gen_ai.request.choice.count": first.num_choices,
+            "gen_ai.usage.input_tokens": sum(one.num_prompt_tokens for one in generations),
             "gen_ai.usage.cache_read.input_tokens": sum(one.num_cached_tokens for one in generations),
             "gen_ai.usage.output_tokens": sum(one.num_tokens for one in generations),
             "gen_ai.response.finish_reasons": [str(reason) for one in generations for reason in one.finish_reasons][
