@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
+import logging
 import signal
 import socket
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
-
-import uvicorn
 
 from configs.command_line import SettingsError, load_settings
 from configs.settings import Settings
@@ -25,7 +25,10 @@ from engine.errors import EngineStartError
 from engine.messages import EngineArgs
 from model.checkpoint import resolve_checkpoint
 from model.errors import ModelError
-from server.app import create_app
+from server.app import api_keys, create_app
+from server.connection import server_config
+from server.heap import give_large_blocks_back
+from server.key_file import KeysError
 from server.lifecycle import LAST_WORDS_SECONDS, serve_until_end
 from server.logs import configure_logging
 from server.metrics_server import metrics_served
@@ -34,13 +37,13 @@ from server.summary import startup_summary
 
 BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"
 
-KEEP_ALIVE_SECONDS = 75
-"""Of idle connections: longer than proxies and clients keep theirs, who would else run into closed ones."""
-
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_SIGNAL = 128
 """Plus the signal's number, as shells have it."""
+
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -49,9 +52,13 @@ def main() -> int:
         settings = load_settings(sys.argv[1:])
         if settings.otlp_traces_endpoint:
             check_tracing()
-    except (SettingsError, TracingError) as error:
+        is_closed = len(api_keys(settings)) > 0  # what is wrong with keys is told before minutes go into loading
+    except (SettingsError, KeysError, TracingError) as error:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level, as_json=settings.log_json)
+    give_large_blocks_back()
+    if not is_closed and not _is_loopback(settings.host):
+        logger.warning("open to all who reach %s: set --api-key or --api-key-file", settings.host)
     signal.signal(signal.SIGTERM, _stop_loading)  # until the server has its own handlers
     try:
         return asyncio.run(_run(settings))
@@ -93,14 +100,7 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=LAST_WORDS_SECONDS,
-    )
+    config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)
     async with metrics_served(app.state.metrics, settings.metrics_host, settings.metrics_port):
         cause = await serve_until_end(app, engine, config, listener, settings.shutdown_timeout)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
@@ -141,6 +141,13 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.bind((host, port))
     listener.set_inheritable(True)
     return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _stop_loading(sig: int, _: FrameType | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Round every request: its id, its API key, its record, its place among those in flight, and the last resort.
+"""Round every request: its id, its API key, its record, its header's size, its place in flight, the last resort.
 
 Pure ASGI: a wrapper that buffers responses, or hides disconnects, would break streaming. Every answer carries
 x-request-id, errors included. What metrics, logs and traces make of a request's record is its observers' business.
@@ -29,6 +29,10 @@ CLIENT_GONE = 499
 
 KEY_ID_DIGITS = 8
 """Of a key's hash: enough to tell keys apart, useless to guess one."""
+
+MAX_HEADER_BYTES = 32 << 10
+"""Of a request, names, values and URL together."""
+MAX_HEADERS = 100
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -80,9 +84,10 @@ class RequestScope:
             observer.begin(record)
         try:
             if scope["path"] not in PROBES:
-                caller = self._keys.check(Headers(scope=scope).get("authorization"))
+                caller = self._keys.check(Headers(scope=scope).getlist("authorization"))
                 record.key_id = caller[:KEY_ID_DIGITS] or None
                 scope["state"]["caller"] = caller
+                check_header_size(scope)
                 self._traffic.check_welcome()
             await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
@@ -111,6 +116,15 @@ class RequestScope:
             status=CLIENT_GONE,
         )
         return record
+
+
+def check_header_size(scope: Scope) -> None:
+    """Raise ApiError (431) above the limits. The parser has one too, but not for what comes in one piece."""
+    sizes = [len(name) + len(value) for name, value in scope["headers"]]
+    num_bytes = sum(sizes) + len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    if len(sizes) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES:
+        message = f"The request header is too large: at most {MAX_HEADERS} fields and {MAX_HEADER_BYTES} bytes."
+        raise ApiError(431, message, code="header_too_large", headers={"Connection": "close"})
 
 
 class _Exchange:

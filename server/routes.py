@@ -120,7 +120,7 @@ async def retrieve_model(request: Request, name: str) -> Response:
     return JSONResponse(_model(request, _serving(request).model_name(name)))
 
 
-@router.post("/v1/files", openapi_extra=describe(form=files.FileForm, answer=FileAnswer, errors=(429,)))
+@router.post("/v1/files", openapi_extra=describe(form=files.FileForm, answer=FileAnswer))
 async def create_file(request: Request) -> Response:
     """Upload a clip, to be named by its id in requests."""
     return await files.create_file(_serving(request).media, request, request.app.state.max_body_bytes)
@@ -227,8 +227,10 @@ def route_of(scope: Scope) -> str:
 
 
 async def _transcribe(request: Request, model: type[TranscriptionForm]) -> Response:
-    form = await read_form(request, request.app.state.max_upload_bytes)
     transcriber: Transcriber = replace(request.app.state.transcriber, serving=_serving(request))
+    media = transcriber.serving.media
+    media.quotas.check_audio(media.caller)
+    form = await read_form(request, request.app.state.max_upload_bytes)
     return await while_connected(request, transcribe(transcriber, form, model))
 
 

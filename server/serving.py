@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from engine.client import EngineClient
 from engine.messages import AudioClip, EngineRequest, FinishReason
 from model.config import GenerationConfig
+from server.auth import cache_salt
 from server.channel import Channel
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import ApiError
@@ -49,8 +50,8 @@ class Serving:
     """Of the request being served."""
 
     def of(self, caller: str) -> Serving:
-        """The same, for one caller: ids of uploads in requests are this caller's."""
-        return replace(self, media=self.media.of(caller))
+        """The same, for one caller: uploads and whatever is cached are this caller's."""
+        return replace(self, media=self.media.of(caller), grammars=self.grammars.of(caller))
 
     def recorded_in(self, record: RequestRecord) -> Serving:
         """The same, for one request."""
@@ -163,6 +164,7 @@ class Serving:
         )
         self.record.is_stream = bool(request.stream)
         show_special = request.skip_special_tokens is False
+        salt = cache_salt(self.media.caller, request.cache_salt)
         return Generation(
             engine=self.engine,
             request=EngineRequest(
@@ -170,12 +172,12 @@ class Serving:
                 prompt_token_ids=prompt.token_ids,
                 sampling=sampling,
                 clips=tuple(
-                    AudioClip(clip.samples, _salted(clip, request.cache_salt), offset, clip.num_tokens)
+                    AudioClip(clip.samples, salted(clip, salt), offset, clip.num_tokens)
                     for clip, offset in zip(clips, prompt.clip_offsets, strict=True)
                 ),
                 n=request.num_choices,
                 priority=request.priority or 0,
-                cache_salt=request.cache_salt,
+                cache_salt=salt,
             ),
             new_detokenizer=partial(
                 IncrementalDetokenizer,
@@ -192,7 +194,7 @@ class Serving:
         )
 
 
-def _salted(clip: Clip, salt: str | None) -> str:
+def salted(clip: Clip, salt: str | None) -> str:
     """The encoder cache's key for a clip: only requests with the same salt share its embeddings."""
     return clip.content_hash if salt is None else f"{clip.content_hash}:{salt}"
 

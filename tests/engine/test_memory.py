@@ -231,7 +231,7 @@ def test_a_step_that_does_not_fit_at_all_says_what_to_lower(measured: Callable[.
 def test_weights_or_graphs_that_do_not_fit_say_so(
     measured: Callable[..., MemoryUse], gqa_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     args = EngineArgs(str(gqa_folder), device="cpu", num_threads=1, max_model_len=128)
