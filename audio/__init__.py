@@ -9,6 +9,7 @@ settings. Codecs are loaded by `audio.decoder_process` alone, HTTP by `audio.fet
 from audio.errors import AudioDecodeError, AudioError, AudioFetchError, AudioLimitError, AudioSourceError
 from audio.limits import AudioLimits, DecoderLimits, FetchPolicy
 from audio.loader import AudioLoader
+from audio.observer import LoadObserver
 from audio.pcm import SAMPLE_RATE, Pcm
 from audio.segment import segment
 from audio.source import AudioBytes, AudioSource, AudioUrl, InlineAudio
@@ -28,6 +29,7 @@ __all__ = [
     "DecoderLimits",
     "FetchPolicy",
     "InlineAudio",
+    "LoadObserver",
     "Pcm",
     "segment",
 ]

@@ -10,8 +10,10 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import IO, TYPE_CHECKING
 
@@ -19,7 +21,9 @@ from audio.decoder_pool import DECODER_NICENESS, DecoderPool
 from audio.errors import AudioFetchError
 from audio.limits import AudioLimits, DecoderLimits
 from audio.local_file import LocalFiles, is_file_url
+from audio.observer import NOBODY, LoadObserver
 from audio.pcm import Pcm
+from audio.sniff import container_name
 from audio.source import AudioBytes, AudioSource, InlineAudio, decode_data_url, decode_inline, is_data_url
 
 if TYPE_CHECKING:
@@ -56,17 +60,25 @@ class AudioLoader:
         """Begin to start the decoders, which takes a moment: the first clips would wait for them."""
         self._executor.submit(self._decoders.start, self._num_workers)
 
-    async def load(self, source: AudioSource, scope: str = "") -> Pcm:
+    async def load(self, source: AudioSource, scope: str = "", observer: LoadObserver = NOBODY) -> Pcm:
         """The clip at `source`; what was fetched in the same scope may serve again.
 
         Raises AudioError, whose subclass and code say what is wrong.
         """
-        read = await self._reader(source, scope)
-        async with self._slots:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, lambda: Pcm(self._decoders.decode(read())))
+        read = await self._reader(source, scope, observer)
 
-    async def stream(self, file: IO[bytes], limits: AudioLimits, max_samples: int) -> AsyncGenerator[Pcm, None]:
+        def load() -> Pcm:
+            data = read()
+            observer.file(len(data), container_name(data))
+            with _timed(observer, "decode"):
+                return Pcm(self._decoders.decode(data))
+
+        async with self._slots:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, load)
+
+    async def stream(
+        self, file: IO[bytes], limits: AudioLimits, max_samples: int, observer: LoadObserver = NOBODY
+    ) -> AsyncGenerator[Pcm, None]:
         """The windows of a seekable file, cut by `audio.segment`, each decoded when it is asked for.
 
         `limits` are this file's, instead of the loader's own. The file is in use until the generator is closed.
@@ -76,9 +88,9 @@ class AudioLoader:
         in_use = threading.Lock()  # a step whose reader was cancelled may still be running
 
         def step() -> Pcm | None:
-            with in_use:
+            with in_use, _timed(observer, "decode"):
                 samples = next(windows, None)
-            return None if samples is None else Pcm(samples)
+                return None if samples is None else Pcm(samples)
 
         def close() -> None:
             with in_use:
@@ -102,7 +114,7 @@ class AudioLoader:
         await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
         await asyncio.to_thread(self._decoders.close)
 
-    async def _reader(self, source: AudioSource, scope: str) -> Callable[[], bytes]:
+    async def _reader(self, source: AudioSource, scope: str, observer: LoadObserver) -> Callable[[], bytes]:
         """What gives the file's bytes when called in a worker: even base64 is too slow for the loop."""
         limits = self._limits
         if isinstance(source, AudioBytes):
@@ -117,8 +129,18 @@ class AudioLoader:
             return partial(self._local_files.read, source.url)
         if self._fetcher is None:
             raise AudioFetchError("media_url_refused", "This server does not fetch audio from URLs.")
-        data = await self._fetcher.fetch(source.url, scope)
+        with _timed(observer, "fetch"):
+            data = await self._fetcher.fetch(source.url, scope)
         return lambda: data
+
+
+@contextmanager
+def _timed(observer: LoadObserver, stage: str) -> Iterator[None]:
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        observer.stage(stage, began, time.monotonic())
 
 
 def _num_cores() -> int:

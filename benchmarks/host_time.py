@@ -61,9 +61,10 @@ class NoModel(nn.Module):
         """-> [T, C]"""
         return self._logits.new_zeros(len(token_ids), self.config.text.hidden_size)
 
-    def forward(self, hidden: Tensor, *_: object) -> Tensor:
-        """-> the same"""
-        return hidden
+    def forward(self, hidden: Tensor, *rest: object) -> Tensor:
+        """-> the rows that are wanted, as they are"""
+        some = rest[-1]
+        return hidden[some] if isinstance(some, Tensor) else hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """-> [B, V]"""

@@ -228,6 +228,25 @@ class Settings(BaseModel):
     shutdown_timeout: float = _setting(
         "server", 120, "seconds that running requests may take to finish on SIGTERM", ge=0
     )
+    metrics_port: int | None = _setting(
+        "server",
+        None,
+        "port that serves /metrics and nothing else, without a key; 0 takes a free one; default: none",
+        ge=0,
+        le=65535,
+    )
+    metrics_host: str = _setting(
+        "server", "127.0.0.1", "address of --metrics-port: this machine only unless set, as it asks for no key"
+    )
+    otlp_traces_endpoint: str | None = _setting(
+        "server",
+        None,
+        "URL that traces are sent to as OTLP over HTTP, such as http://localhost:4318/v1/traces; needs the extra "
+        "tympan[otel]; default: no traces",
+        metavar="URL",
+        pattern=r"^https?://\S+$",
+    )
+    log_json: bool = _setting("server", False, "log lines as JSON, each request's with all that is known of it")
     log_level: Literal["debug", "info", "warning", "error"] = _setting("server", "info", "least severe log lines")
 
     max_audio_clip_mb: float = _setting("audio", 25, "largest encoded clip, in MiB", gt=0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
-from engine.messages import EngineOutput, FinishReason, TokenLogprobs
+from engine.messages import EngineOutput, FinishReason, RequestTimes, TokenLogprobs
 from engine.sequence import Sequence
 
 
@@ -29,6 +30,7 @@ def grow(sequence: Sequence, tokens: tuple[SampledToken, ...], max_model_len: in
         sequence.token_ids.append(token.token_id)
         if reason := _finish_reason(sequence, token, max_model_len):
             break
+    is_first = num_before == sequence.num_prompt_tokens
     new_token_ids = tuple(sequence.token_ids[num_before:])
     is_stop_token = token.token_id in sequence.sampling.stop_token_ids
     return EngineOutput(
@@ -37,9 +39,15 @@ def grow(sequence: Sequence, tokens: tuple[SampledToken, ...], max_model_len: in
         logprobs=tuple(token.logprobs for token in tokens[: len(new_token_ids)] if token.logprobs),
         finish_reason=reason,
         stop_token_id=token.token_id if reason is FinishReason.STOP and is_stop_token else None,
-        num_cached_tokens=sequence.num_cached_tokens if num_before == sequence.num_prompt_tokens else 0,
+        num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
         index=sequence.index,
+        times=_times(sequence) if is_first else None,
     )
+
+
+def _times(sequence: Sequence) -> RequestTimes:
+    """As of its first token."""
+    return RequestTimes(sequence.queued_at, sequence.scheduled_at, sequence.encoded_at, time.monotonic())
 
 
 def fail(sequence: Sequence, error: str) -> EngineOutput:

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from operator import attrgetter
 from typing import Any
 
-from engine.messages import EngineOutput, TokenLogprobs
+from engine.messages import EngineOutput, EngineStats, TokenLogprobs
 
 MAX_VECTORS = 512
 """Buffers of one call: systems take 1,024."""
@@ -74,4 +74,4 @@ def _by_fields(kind: type[Any]) -> Callable[[Any], tuple[type[Any], tuple[Any, .
 class _Pickler(pickle.Pickler):
     """Calls the constructor of what comes by the dozen: a frozen dataclass's own way takes thrice the time."""
 
-    dispatch_table = {kind: _by_fields(kind) for kind in (EngineOutput, TokenLogprobs)}  # noqa: RUF012
+    dispatch_table = {kind: _by_fields(kind) for kind in (EngineOutput, EngineStats, TokenLogprobs)}  # noqa: RUF012

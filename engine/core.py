@@ -1,4 +1,4 @@
-"""The engine's heart: one step is schedule -> execute -> update. One thread, no queues, no clocks.
+"""The engine's heart: one step is schedule -> execute -> update. One thread, no queues; no clock decides anything.
 
 With overlap, one step is in flight between two calls of `step`: the next one is planned and its forward pass queued
 before the result of the one before is taken, so that the host works while the device does.

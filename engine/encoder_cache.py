@@ -30,6 +30,10 @@ class EncoderCache:
         self.row_bytes = row_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._evicted: list[str] = []
+        self.num_queries = 0
+        """Clips that sequences began to hold."""
+        self.num_hits = 0
+        """Those of them that were not added for it."""
 
     def has(self, clip: AudioClip) -> bool:
         """Whether the clip's embeddings are there, or will be by the end of this step's encoder run."""
@@ -56,10 +60,15 @@ class EncoderCache:
             used -= self._entries[content_hash].num_bytes
             self.drop(content_hash)
         self._entries[clip.content_hash] = _Entry(num_bytes)
+        self.num_hits -= 1  # it will be held at once
 
     def hold(self, clip: AudioClip, holder: SequenceId) -> None:
         """Keep the clip for a sequence, and mark it as used."""
-        self._entries[clip.content_hash].holders.add(holder)
+        holders = self._entries[clip.content_hash].holders
+        if holder not in holders:
+            holders.add(holder)
+            self.num_queries += 1
+            self.num_hits += 1
         self._entries.move_to_end(clip.content_hash)
 
     def release(self, clips: Iterable[AudioClip], holder: SequenceId, before: int | None = None) -> None:

@@ -97,6 +97,23 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """When the engine did what for a choice: seconds of `time.monotonic`, one clock for all processes of a machine.
+
+    A step is the smallest thing that is timed.
+    """
+
+    queued: float
+    """It arrived, before its grammar was compiled."""
+    scheduled: float
+    """The first step that computes something of it was planned; a preemption does not change that."""
+    encoded: float | None
+    """The step that took in its last clip was through. None: there was none, or the prefix cache had it."""
+    first_token: float
+    """The step that sampled its first token was through."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOutput:
     """What one step gave one choice of a request. The last one of a choice has a finish_reason."""
 
@@ -113,6 +130,8 @@ class EngineOutput:
     """With FinishReason.ERROR: what went wrong, safe to show."""
     index: int = 0
     """Which of the request's choices."""
+    times: RequestTimes | None = None
+    """On a choice's first output: later ones may never come, as a stop string or the caller ends it."""
 
     @property
     def sequence_id(self) -> SequenceId:
@@ -177,6 +196,14 @@ class EngineStats:
     """Guesses that were verified, since the engine started."""
     num_accepted_tokens: int = 0
     """Those that came true."""
+    encoder_cache_queries: int = 0
+    """Clips that sequences needed, since the start."""
+    encoder_cache_hits: int = 0
+    """Those of them that were there already."""
+    num_step_tokens: int = 0
+    """Computed in all steps so far, once more for each time that they were."""
+    step_sizes: tuple[int, ...] = ()
+    """Steps of at most 1, 2, 4, ... tokens (see engine/step_sizes.py), and the rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from dataclasses import replace
 
@@ -35,6 +36,7 @@ from engine.messages import EngineOutput, EngineStats, FinishReason, SequenceId
 from engine.plan import PlanInProgress, ScheduledSequence, SchedulerOutput
 from engine.sequence import Sequence, SequenceStatus
 from engine.speculation import NO_SPECULATION, Speculation
+from engine.step_sizes import StepSizes
 from model.config import num_mel_frames
 
 MAX_SPARE = 256
@@ -74,7 +76,7 @@ class Scheduler:
         """By request id: the choices that have not ended."""
         self._num_arrivals = 0
         self._num_preemptions = 0
-        self._num_steps = 0
+        self._step_sizes = StepSizes()
         self._num_looked_up = 0
         self._num_found = 0
         self._assumed: SchedulerOutput | None = None
@@ -93,11 +95,15 @@ class Scheduler:
             num_waiting=len(self.waiting),
             kv_cache_usage=self.blocks.usage,
             num_preemptions=self._num_preemptions,
-            num_steps=self._num_steps,
+            num_steps=self._step_sizes.num_steps,
             prefix_cache_queries=self._num_looked_up,
             prefix_cache_hits=self._num_found,
             num_draft_tokens=self.speculation.num_draft_tokens,
             num_accepted_tokens=self.speculation.num_accepted_tokens,
+            encoder_cache_queries=self.encoder_cache.num_queries,
+            encoder_cache_hits=self.encoder_cache.num_hits,
+            num_step_tokens=self._step_sizes.num_tokens,
+            step_sizes=tuple(self._step_sizes.counts),
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -144,7 +150,8 @@ class Scheduler:
         self._admit_waiting(step)
         if self.speculation.num_tokens:
             self._plan_drafts(step)
-        self._num_steps += bool(step.scheduled)
+        if step.scheduled:
+            self._step_sizes.add(sum(item.num_tokens for item in step.scheduled.values()))
         return step.finish(self.encoder_cache.take_evicted())
 
     def update(
@@ -168,11 +175,14 @@ class Scheduler:
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             sequence.num_pending_tokens = 0
+            has_clips = item.start < sequence.end_of_clips
+            if has_clips and sequence.end_of_clips <= item.start + item.num_tokens:
+                sequence.encoded_at = sequence.encoded_at or time.monotonic()
             tokens = sampled.get(sequence.sequence_id)
             output = grow(sequence, tokens, self.max_model_len) if tokens else None
             num_rejected = self.speculation.count_rejected(len(item.draft_token_ids), output)
             sequence.num_computed_tokens += 0 if is_assumed else item.num_tokens - num_rejected
-            if item.start < sequence.end_of_clips:
+            if has_clips:
                 clips = sequence.request.clips
                 self.encoder_cache.release(clips, sequence.sequence_id, before=sequence.num_computed_tokens)
             if output:
@@ -272,6 +282,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_rank)
         sequence.status = SequenceStatus.RUNNING
+        sequence.scheduled_at = sequence.scheduled_at or time.monotonic()
         num_shared = len(sequence.block_table)
         self.blocks.allocate(
             sequence, sequence.num_tokens, spare_tokens=min(sequence.sampling.max_tokens, MAX_SPARE)

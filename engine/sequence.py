@@ -9,6 +9,7 @@ business.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -47,6 +48,10 @@ class Sequence:
     num_cached_tokens: int = 0
     """Tokens of the prompt that the prefix cache had when its request was first admitted."""
     status: SequenceStatus = SequenceStatus.WAITING
+    queued_at: float = field(default_factory=time.monotonic)
+    scheduled_at: float = 0.0
+    encoded_at: float | None = None
+    """These three: see `engine.messages.RequestTimes`. Nothing is decided by them."""
     sequence_id: SequenceId = field(init=False)
     """Unique among all sequences in the engine: the key of whatever is kept for each of them."""
     sampling: SamplingParams = field(init=False)

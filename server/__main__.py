@@ -31,6 +31,8 @@ from server.heap import give_large_blocks_back
 from server.key_file import KeysError
 from server.lifecycle import LAST_WORDS_SECONDS, serve_until_end
 from server.logs import configure_logging
+from server.metrics_server import metrics_served
+from server.observers import TracingError, check_tracing
 from server.summary import startup_summary
 
 BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"
@@ -48,10 +50,12 @@ def main() -> int:
     """Run the server. -> exit status."""
     try:
         settings = load_settings(sys.argv[1:])
+        if settings.otlp_traces_endpoint:
+            check_tracing()
         is_closed = len(api_keys(settings)) > 0  # what is wrong with keys is told before minutes go into loading
-    except (SettingsError, KeysError) as error:
+    except (SettingsError, KeysError, TracingError) as error:
         return _fail(str(error), EXIT_USAGE)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, as_json=settings.log_json)
     give_large_blocks_back()
     if not is_closed and not _is_loopback(settings.host):
         logger.warning("open to all who reach %s: set --api-key or --api-key-file", settings.host)
@@ -97,7 +101,8 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
     config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)
-    cause = await serve_until_end(app, engine, config, listener, settings.shutdown_timeout)
+    async with metrics_served(app.state.metrics, settings.metrics_host, settings.metrics_port):
+        cause = await serve_until_end(app, engine, config, listener, settings.shutdown_timeout)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
 
 

@@ -270,3 +270,15 @@ class DetokenizeAnswer(BaseModel):
     """POST /detokenize."""
 
     prompt: str
+
+
+class VersionAnswer(BaseModel):
+    """GET /version."""
+
+    version: str
+
+
+class LoadAnswer(BaseModel):
+    """GET /load, as vLLM has it."""
+
+    server_load: int

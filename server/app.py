@@ -6,6 +6,7 @@ Starts and stops nothing but the audio loader and the compiler of grammars.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from configs.settings import Settings
 from engine.client import EngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
+from server.access_log import AccessLog
 from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
@@ -33,11 +35,14 @@ from server.cors import Cors
 from server.errors import to_api_error
 from server.key_file import KeyFile
 from server.media import MediaLoader
+from server.metrics import Metrics
 from server.middleware import RequestScope, Traffic
+from server.observers import start_tracer
 from server.openapi import make_document
 from server.prompt import PromptBuilder
 from server.quota import QuotaLimits, Quotas, QuotaScope
-from server.routes import allowed_methods, router
+from server.request_record import RequestObserver
+from server.routes import allowed_methods, route_of, router
 from server.serving import Serving
 from server.structured import GrammarCompiler
 from server.tokenizer import Tokenizer
@@ -55,12 +60,15 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     """An application that answers with `engine`, which runs `checkpoint`.
 
     Raises ConfigError when the checkpoint's tokenizer, template or configuration cannot be used, KeysError for keys
-    that cannot.
+    that cannot, TracingError.
     """
     keys = api_keys(settings)
     loader = _audio_loader(settings, keys)
     quotas = Quotas(_quota_limits(settings))
     serving = _serving(settings, engine, checkpoint, _media(settings, loader, keys, quotas))
+    metrics = Metrics(engine, serving.model_names[0])
+    tracer = start_tracer(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
+    observers: list[RequestObserver] = [metrics, AccessLog(), *((tracer,) if tracer else ())]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -68,11 +76,14 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
         yield
         await loader.aclose()
         serving.grammars.close()
+        if tracer:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.serving = serving
     app.state.transcriber = _transcriber(settings, serving, loader)
     app.state.traffic = Traffic()
+    app.state.metrics = metrics
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
     app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
@@ -81,7 +92,14 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.add_exception_handler(HTTPException, _refuse)
     if quotas.has_limits:
         app.add_middleware(QuotaScope, quotas=quotas)
-    app.add_middleware(RequestScope, keys=keys, traffic=app.state.traffic)
+    app.add_middleware(
+        RequestScope,
+        keys=keys,
+        traffic=app.state.traffic,
+        route_of=route_of,
+        observers=observers,
+        meter=metrics,
+    )
     if settings.allowed_origins:
         app.add_middleware(Cors, origins=settings.allowed_origins)
     return app
@@ -188,6 +206,7 @@ def _audio_store(settings: Settings, keys: ApiKeys) -> AudioStore:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     told = to_api_error(error)
+    request.state.record.refusal = str(told.status)
     if told.status == 405:
         told = replace(told, headers={"Allow": ", ".join(allowed_methods(request.scope))})
     return told.response()

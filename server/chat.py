@@ -83,7 +83,8 @@ async def read_conversation(
     def build() -> Prompt:
         return serving.prompts.chat(_spread(turns(), num_clips), clip_tokens, functions, end=end, param=param)
 
-    prompt = await asyncio.to_thread(build)
+    with serving.record.timing("prompt"):
+        prompt = await asyncio.to_thread(build)
     return replace(prompt, truncated_audio_s=truncated_seconds(recordings)), recordings
 
 

@@ -61,7 +61,8 @@ async def read_prompts(
     recordings = await serving.media.load(refs, long_audio)
     check_windows_fit(recordings, serving.engine.info.max_model_len)
     places = [[clip.num_tokens for clip in recording.clips] for recording in recordings]
-    first, *others = await asyncio.to_thread(serving.prompts.raw_all, prompts, places)
+    with serving.record.timing("prompt"):
+        first, *others = await asyncio.to_thread(serving.prompts.raw_all, prompts, places)
     return [replace(first, truncated_audio_s=truncated_seconds(recordings)), *others], recordings
 
 

@@ -8,6 +8,7 @@ while others go on. Knows nothing of HTTP or of answers' shapes.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from engine.client import EngineClient
 from engine.errors import EngineDeadError
 from engine.messages import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from server.detokenizer import IncrementalDetokenizer
+from server.request_record import GenerationRecord, RequestRecord
 from server.tool_parser import CallDelta, StreamingToolParser
 
 TOOL_CALLS: Final = "tool_calls"
@@ -99,6 +101,10 @@ class Generation:
     """Ends that are nobody's stop token: they have no stop reason."""
     show_stop_token: bool = False
     """Whether the text keeps the token that ended it."""
+    record: RequestRecord = field(default_factory=RequestRecord)
+    """Of the request that it is for."""
+    began: float | None = None
+    """When the caller began to wait for it (`time.monotonic`); None: with the request."""
     _num_cached_tokens: int = 0
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -107,23 +113,29 @@ class Generation:
         Raises RequestError and EngineDeadError.
         """
         choices = {index: _Choice(self.new_detokenizer(), self.new_tool_parser()) for index in range(self.request.n)}
-        async with aclosing(self.engine.generate(self.request)) as outputs:
-            async for output in outputs:
-                for delta in self._take_all(output, choices[output.index]):
-                    if delta.finish_reason:
-                        del choices[output.index]
-                        if choices and not output.finish_reason:
-                            self.engine.end_choice(self.request.request_id, output.index)
-                    if delta.text or delta.calls or delta.finish_reason:
-                        yield delta
-                if not choices:
-                    return
-        raise EngineDeadError("the engine ended an answer without a reason")
+        began = self.record.began if self.began is None else self.began
+        with self.record.generation(self.request, began) as record:
+            async with aclosing(self.engine.generate(self.request)) as outputs:
+                async for output in outputs:
+                    record.take(output)
+                    for delta in self._take_all(output, choices[output.index], record):
+                        if delta.finish_reason:
+                            del choices[output.index]
+                            record.finish(delta.finish_reason)
+                            if choices and not output.finish_reason:
+                                self.engine.end_choice(self.request.request_id, output.index)
+                        if delta.text or delta.calls or delta.finish_reason:
+                            yield delta
+                    if not choices:
+                        return
+            raise EngineDeadError("the engine ended an answer without a reason")
 
-    def _take_all(self, output: EngineOutput, choice: _Choice) -> Iterator[Delta]:
+    def _take_all(self, output: EngineOutput, choice: _Choice, record: GenerationRecord) -> Iterator[Delta]:
         """With tools the tokens are taken one by one: a call may end the answer before the last of them."""
         for piece in (output,) if choice.tool_parser is None else _singly(output):
+            began = time.perf_counter()
             delta = self._take(piece, choice)
+            record.detokenize_s += time.perf_counter() - began
             yield delta
             if delta.finish_reason:
                 return

@@ -23,6 +23,7 @@ from server.auth import EVERYBODY
 from server.content_parts import AudioPart, AudioUrlPart, InputAudioPart
 from server.errors import ApiError, bad_request
 from server.quota import Quotas
+from server.request_record import RequestRecord
 from server.schema import LongAudio
 
 
@@ -93,6 +94,8 @@ class MediaLoader:
     max_request_seconds: float = math.inf
     """Of all parts of a request together."""
     quotas: Quotas = field(default_factory=Quotas)
+    record: RequestRecord = field(default_factory=RequestRecord)
+    """Of the request whose recordings these are."""
 
     def of(self, caller: str) -> MediaLoader:
         """The same loader, for the uploads of `caller`."""
@@ -132,14 +135,17 @@ class MediaLoader:
         if audio is None:
             message = f"There is no audio with the id '{audio_id[:100]}': it is unknown, expired or not yours."
             raise ApiError(404, message, param=f"{ref.param}.input_audio.id", code="audio_not_found")
+        self.record.clip_seconds.append(audio.pcm.duration_s)
         return audio.pcm
 
     async def read(self, source: AudioSource, param: str) -> Pcm:
         """Fetch and decode a clip. Raises ApiError that names `param`."""
         try:
-            return await self.loader.load(source, self.caller)
+            pcm = await self.loader.load(source, self.caller, self.record)
         except AudioError as error:
             raise bad_request(error.message, param, error.code) from None
+        self.record.clip_seconds.append(pcm.duration_s)
+        return pcm
 
 
 def check_audible(num_samples: int, param: str) -> None:

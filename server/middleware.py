@@ -1,7 +1,7 @@
-"""Round every request: its id, its API key, its header's size, its place in flight, its log line, the last resort.
+"""Round every request: its id, its API key, its record, its header's size, its place in flight, the last resort.
 
 Pure ASGI: a wrapper that buffers responses, or hides disconnects, would break streaming. Every answer carries
-x-request-id, errors included. The log line holds no text, no audio and no query string.
+x-request-id, errors included. What metrics, logs and traces make of a request's record is its observers' business.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import time
 import traceback
 import uuid
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -19,11 +20,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.auth import ApiKeys
 from server.errors import UNAVAILABLE, ApiError, to_api_error
 from server.logs import log_failure
+from server.request_record import NO_METER, Meter, RequestObserver, RequestRecord
 
 PROBES = ("/health", "/ready")
-"""Open to all, and asked every few seconds: not worth a log line. Everything else needs the key."""
+"""Open to all. Everything else needs the key."""
 CLIENT_GONE = 499
-"""nginx's status for a client that left; only ever logged."""
+"""nginx's status for a client that left before an answer began; only ever recorded."""
+
+KEY_ID_DIGITS = 8
+"""Of a key's hash: enough to tell keys apart, useless to guess one."""
 
 MAX_HEADER_BYTES = 32 << 10
 """Of a request, names, values and URL together."""
@@ -32,7 +37,6 @@ MAX_HEADERS = 100
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 logger = logging.getLogger(__name__)
-access_logger = logging.getLogger("server.access")
 
 
 class Traffic:
@@ -52,39 +56,66 @@ class Traffic:
 class RequestScope:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        traffic: Traffic,
+        route_of: Callable[[Scope], str],
+        observers: Sequence[RequestObserver] = (),
+        meter: Meter = NO_METER,
+    ) -> None:
+        """observers: told of every request, at its beginning and its end; meter: what its record counts with."""
         self._app = app
         self._keys = keys
         self._traffic = traffic
+        self._route_of = route_of
+        self._observers = observers
+        self._meter = meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
-        headers = Headers(scope=scope)
-        exchange = _Exchange(send, headers.get("x-request-id", ""))
+        exchange = _Exchange(send, self._record(scope))
+        record = exchange.record
         self._traffic.num_in_flight += 1
+        for observer in self._observers:
+            observer.begin(record)
         try:
             if scope["path"] not in PROBES:
-                scope.setdefault("state", {})["caller"] = self._keys.check(headers.getlist("authorization"))
+                caller = self._keys.check(Headers(scope=scope).getlist("authorization"))
+                record.key_id = caller[:KEY_ID_DIGITS] or None
+                scope["state"]["caller"] = caller
                 check_header_size(scope)
                 self._traffic.check_welcome()
             await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
-            exchange.status = CLIENT_GONE
+            record.status = CLIENT_GONE
         except Exception as error:
             await exchange.fail(error, scope, receive)
             # Frames and failure hold each other, and the body with them, until a collection that may be far off.
             traceback.clear_frames(error.__traceback__)
         finally:
             self._traffic.num_in_flight -= 1
-            duration_ms = 1000 * (time.perf_counter() - started)
-            method, path = scope["method"], scope["path"][:200]
-            level = logging.DEBUG if path in PROBES else logging.INFO
-            access_logger.log(
-                level, "%s %r %d %.0fms %s", method, path, exchange.status, duration_ms, exchange.request_id
-            )
+            record.ended = time.monotonic()
+            for observer in self._observers:
+                observer.end(record)
+
+    def _record(self, scope: Scope) -> RequestRecord:
+        headers = Headers(scope=scope)
+        asked_id = headers.get("x-request-id", "")
+        record = scope.setdefault("state", {})["record"] = RequestRecord(
+            request_id=asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex,
+            method=scope["method"],
+            route=self._route_of(scope),
+            path=scope["path"][:200],
+            meter=self._meter,
+            traceparent=headers.get("traceparent"),
+            tracestate=headers.get("tracestate"),
+            status=CLIENT_GONE,
+        )
+        return record
 
 
 def check_header_size(scope: Scope) -> None:
@@ -99,25 +130,26 @@ def check_header_size(scope: Scope) -> None:
 class _Exchange:
     """One request's answer on its way out."""
 
-    def __init__(self, send: Send, asked_id: str) -> None:
+    def __init__(self, send: Send, record: RequestRecord) -> None:
         self._send = send
-        self.request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex
-        self.status = CLIENT_GONE
-        """Until an answer begins."""
+        self.record = record
         self._has_begun = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._has_begun = True
-            self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+            self.record.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self.record.request_id
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.record.is_complete = True
 
     async def fail(self, error: Exception, scope: Scope, receive: Receive) -> None:
         """Answer with the error, unless an answer has begun: then only the connection can tell."""
         told = to_api_error(error)
+        self.record.refusal = told.code or str(told.status)
         if told.status >= 500 and told is not error:
-            log_failure(logger, f"request {self.request_id} failed", error)
+            log_failure(logger, f"request {self.record.request_id} failed", error)
         if self._has_begun:
             raise error
         await told.response()(scope, receive, self.send)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,17 +21,20 @@ from server.answers import (
     FileAnswer,
     FileDeleted,
     FileList,
+    LoadAnswer,
     ModelAnswer,
     ModelList,
     ResponseAnswer,
     TokenizeAnswer,
     TranscriptionAnswer,
     TranslationAnswer,
+    VersionAnswer,
 )
 from server.body import parse_body
 from server.chat import complete_chat
 from server.completions import complete_prompt
 from server.disconnect import while_connected
+from server.metrics import OPENMETRICS, Metrics
 from server.middleware import Traffic
 from server.multipart import read_form
 from server.openapi import EVENTS, TEXT, describe
@@ -41,6 +46,7 @@ from server.tokenization import DetokenizeRequest, TokenizeRequest
 from server.transcriber import Transcriber
 from server.transcription_form import TranscriptionForm, TranslationForm
 from server.transcriptions import transcribe
+from server.version import VERSION
 
 OWNER = "tympan"
 
@@ -166,6 +172,26 @@ async def openapi_document(request: Request) -> Response:
     return JSONResponse(request.app.state.openapi)
 
 
+@router.get("/metrics", openapi_extra=describe(media_types=(TEXT, OPENMETRICS)))
+async def read_metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    metrics: Metrics = request.app.state.metrics
+    text, content_type = await asyncio.to_thread(metrics.exposition, request.headers.get("accept", ""))
+    return Response(text, headers={"Content-Type": content_type})
+
+
+@router.get("/version", openapi_extra=describe(answer=VersionAnswer))
+async def read_version() -> Response:
+    """Of the server."""
+    return JSONResponse({"version": VERSION})
+
+
+@router.get("/load", openapi_extra=describe(answer=LoadAnswer))
+async def read_load(request: Request) -> Response:
+    """How many requests are under way, this one aside."""
+    return JSONResponse({"server_load": request.app.state.traffic.num_in_flight - 1})
+
+
 @router.get("/health", openapi_extra=describe(is_open=True))
 async def health(request: Request) -> Response:
     """200 while the engine lives, 503 after. For liveness probes: load and draining do not matter."""
@@ -186,8 +212,22 @@ def allowed_methods(scope: Scope) -> list[str]:
     return sorted(set().union(*fitting))
 
 
+UNKNOWN_ROUTE = "unknown"
+_ROUTE_OF_PATH = {
+    route.path: route.path for route in router.routes if isinstance(route, APIRoute) and "{" not in route.path
+}
+_PATTERNS = [route for route in router.routes if isinstance(route, APIRoute) and "{" in route.path]
+
+
+def route_of(scope: Scope) -> str:
+    """The route's template that a request is for, whatever its method; one word for all that there is none for."""
+    if known := _ROUTE_OF_PATH.get(scope["path"]):
+        return known
+    return next((route.path for route in _PATTERNS if route.matches(scope)[0] != Match.NONE), UNKNOWN_ROUTE)
+
+
 async def _transcribe(request: Request, model: type[TranscriptionForm]) -> Response:
-    transcriber: Transcriber = request.app.state.transcriber.of(request.state.caller)
+    transcriber: Transcriber = replace(request.app.state.transcriber, serving=_serving(request))
     media = transcriber.serving.media
     media.quotas.check_audio(media.caller)
     form = await read_form(request, request.app.state.max_upload_bytes)
@@ -197,7 +237,7 @@ async def _transcribe(request: Request, model: type[TranscriptionForm]) -> Respo
 def _serving(request: Request) -> Serving:
     """What serves this request, with its caller's uploads."""
     serving: Serving = request.app.state.serving
-    return serving.of(request.state.caller)
+    return serving.of(request.state.caller).recorded_in(request.state.record)
 
 
 def _is_alive(request: Request) -> bool:

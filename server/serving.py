@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from starlette.responses import JSONResponse, Response
@@ -24,6 +24,7 @@ from server.generation import Delta, Generation, Usage, collect, merge
 from server.media import Clip, MediaLoader
 from server.prompt import Prompt, PromptBuilder
 from server.replies import Reply
+from server.request_record import RequestRecord
 from server.sampling import sampling_params
 from server.schema import GenerationRequest
 from server.streaming import ReplyStream
@@ -45,18 +46,25 @@ class Serving:
     defaults: GenerationConfig
     """Sampling defaults, end-of-sequence ids included."""
     keep_alive_s: float | None
+    record: RequestRecord = field(default_factory=RequestRecord)
+    """Of the request being served."""
 
     def of(self, caller: str) -> Serving:
         """The same, for one caller: uploads and whatever is cached are this caller's."""
         return replace(self, media=self.media.of(caller), grammars=self.grammars.of(caller))
 
+    def recorded_in(self, record: RequestRecord) -> Serving:
+        """The same, for one request."""
+        return replace(self, record=record, media=replace(self.media, record=record))
+
     def model_name(self, asked: str | None) -> str:
         """The name to answer with. Raises ApiError when nobody is served under the name asked for."""
         if asked is None:
-            return self.model_names[0]
+            asked = self.model_names[0]
         if asked not in self.model_names:
             message = f"The model '{asked[:100]}' does not exist. This server has: {', '.join(self.model_names)}."
             raise ApiError(404, message, param="model", code="model_not_found")
+        self.record.model = asked
         return asked
 
     async def answer(
@@ -124,9 +132,10 @@ class Serving:
         usage: Usage,
         tools: ToolPlan,
     ) -> list[Generation]:
-        grammar = await compile_calls(self.grammars, tools, request.answer_schema)
-        if grammar is None:
-            grammar = await compile_constraint(self.grammars, request)
+        with self.record.timing("grammar"):
+            grammar = await compile_calls(self.grammars, tools, request.answer_schema)
+            if grammar is None:
+                grammar = await compile_constraint(self.grammars, request)
         new_tool_parser = partial(tools.parser, is_constrained=grammar is not None)
         return [
             replace(
@@ -153,6 +162,7 @@ class Serving:
             vocab_size=info.vocab_size,
             grammar=grammar,
         )
+        self.record.is_stream = bool(request.stream)
         show_special = request.skip_special_tokens is False
         salt = cache_salt(self.media.caller, request.cache_salt)
         return Generation(
@@ -180,6 +190,7 @@ class Serving:
             usage=usage,
             eos_token_ids=frozenset(self.defaults.eos_token_ids),
             show_stop_token=bool(request.include_stop_str_in_output),
+            record=self.record,
         )
 
 

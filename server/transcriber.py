@@ -9,10 +9,11 @@ silence are not sent to the model, which would describe them. Closing the iterat
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import IO
 
@@ -84,10 +85,6 @@ class Transcriber:
     recipe: Recipe
     window_samples: int
 
-    def of(self, caller: str) -> Transcriber:
-        """The same, for one caller."""
-        return replace(self, serving=self.serving.of(caller))
-
     def transcription(self, form: TranscriptionForm, file: IO[bytes]) -> Transcription:
         """A transcription not yet begun. Raises ApiError for what the recipe has no place for."""
         self.recipe.check(form)
@@ -139,7 +136,8 @@ class Transcription:
     async def _windows(self, slots: asyncio.Semaphore) -> AsyncGenerator[_Window, None]:
         """Windows in order, each already with the engine. A slot is taken for each."""
         transcriber = self.transcriber
-        stream = transcriber.loader.stream(self.file, transcriber.limits, transcriber.window_samples)
+        record = transcriber.serving.record
+        stream = transcriber.loader.stream(self.file, transcriber.limits, transcriber.window_samples, record)
         start = 0
         async with aclosing(stream) as windows:
             while True:
@@ -150,6 +148,7 @@ class Transcription:
                     raise bad_request(error.message, "file", error.code) from None
                 if pcm is None:
                     return
+                record.clip_seconds.append(pcm.duration_s)
                 media = transcriber.serving.media
                 media.quotas.charge_audio(media.caller, pcm.duration_s)
                 yield await self._begin(pcm, start)
@@ -209,6 +208,8 @@ class Transcription:
             new_detokenizer=partial(IncrementalDetokenizer, serving.prompts.tokenizer),
             usage=Usage(num_prompt_tokens, prompt.num_audio_tokens),
             eos_token_ids=frozenset(serving.defaults.eos_token_ids),
+            record=serving.record,
+            began=time.monotonic(),
         )
 
     def _sampling(self, room: int) -> SamplingParams:

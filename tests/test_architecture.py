@@ -45,6 +45,7 @@ TORCH_FREE_ENGINE = {
     "engine.sequence",
     "engine.spawn",
     "engine.speculation",
+    "engine.step_sizes",
 }
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 50

@@ -26,6 +26,7 @@ from server.app import create_app
 from server.chat_template import DEFAULT_TEMPLATE
 from server.connection import server_config
 from server.lifecycle import DrainingServer
+from server.metrics import Metrics
 from server.tokenizer import Tokenizer
 
 from .fake_engine import INFO, FakeEngineClient, Script
@@ -101,6 +102,7 @@ class Served:
     server: DrainingServer
     client: httpx.Client
     """One for all: making one costs more than most requests."""
+    metrics: Metrics
 
     @property
     def openai(self) -> OpenAI:
@@ -140,7 +142,9 @@ class Servers:
             while not server.started:
                 await asyncio.sleep(0.005)
             port = server.servers[0].sockets[0].getsockname()[1]
-            box.append(Served(f"http://127.0.0.1:{port}", engine, self._tokenizer, server, self._client))
+            box.append(
+                Served(f"http://127.0.0.1:{port}", engine, self._tokenizer, server, self._client, app.state.metrics)
+            )
             started.set()
             await serving
 

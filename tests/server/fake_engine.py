@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from engine.messages import (
     EngineRequest,
     EngineStats,
     FinishReason,
+    RequestTimes,
     TokenLogprobs,
 )
 
@@ -88,6 +90,7 @@ class FakeEngineClient:
 
     async def _steps(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         script = self.script_of(request) if self.script_of else self.script
+        queued = time.monotonic()
         ids = list(script.token_ids)[: request.sampling.max_tokens]
         cut = len(ids) < len(script.token_ids)
         for start in range(0, len(ids), script.tokens_per_step):
@@ -108,6 +111,7 @@ class FakeEngineClient:
                 finish_reason=reason,
                 stop_token_id=stop_id,
                 num_cached_tokens=16 if start == 0 else 0,
+                times=RequestTimes(queued, queued, None, time.monotonic()) if start == 0 else None,
             )
         if script.failure:
             raise script.failure

@@ -74,7 +74,7 @@ def test_every_documented_route_exists(served: Served) -> None:
         for method in item:
             response = served.client.request(method, served.url + re.sub(r"{\w+}", "x", path))
             assert response.status_code != 405
-            assert not response.content or response.json().get("error", {}).get("message") != "Unknown request URL."
+            assert "Unknown request URL." not in response.text
 
 
 def test_document_is_whole_and_small(served: Served) -> None:
