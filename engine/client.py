@@ -27,7 +27,14 @@ from typing import Protocol, Self
 
 from engine import channel
 from engine.environment import engine_environment
-from engine.errors import EngineDeadError, EngineStartError, RequestError
+from engine.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    RequestError,
+    TimeLimitError,
+)
 from engine.messages import (
     AbortRequest,
     EngineArgs,
@@ -45,6 +52,8 @@ from engine.messages import (
 
 JOIN_SECONDS = 5.0
 """How long an engine told to stop may take before it is killed."""
+REAP_SECONDS = 1.0
+"""How long its requests wait for a dead engine's exit code: nobody is the wiser for it."""
 
 
 class EngineClient(Protocol):
@@ -63,7 +72,8 @@ class EngineClient(Protocol):
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Run a request until all its choices have ended.
 
-        Raises RequestError when it fails in the engine, EngineDeadError when the engine does.
+        Raises RequestError when it fails in the engine, TimeLimitError when its time is up, and EngineDeadError when
+        the engine fails.
         """
         ...
 
@@ -90,7 +100,7 @@ class _InFlight:
 
     unfinished: set[int]
     """Choices that have not ended."""
-    outputs: asyncio.Queue[EngineOutput | EngineDeadError] = field(default_factory=asyncio.Queue)
+    outputs: asyncio.Queue[EngineOutput | EngineError] = field(default_factory=asyncio.Queue)
 
 
 class _QueueClient:
@@ -103,6 +113,11 @@ class _QueueClient:
         self._loop = asyncio.get_running_loop()
         self._in_flight: dict[str, _InFlight] = {}
         self._dead: asyncio.Future[str] = self._loop.create_future()
+        self._death = EngineDeadError
+        self.num_finished = 0
+        """Requests that have had all their outputs."""
+        self.num_messages = 0
+        """That have come from the engine: while it has work, at least one comes for each step."""
 
     @property
     def info(self) -> EngineInfo:
@@ -114,6 +129,11 @@ class _QueueClient:
         """The latest snapshot."""
         return self._stats
 
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that wait for an output."""
+        return len(self._in_flight)
+
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """See EngineClient."""
         self.check_health()
@@ -121,10 +141,11 @@ class _QueueClient:
             raise RequestError("the request id is in use")
         flight = self._in_flight[request.request_id] = _InFlight(set(range(request.n)))
         self._send(request)
+        alarm = self._set_alarm(request.time_limit_s, flight)
         try:
             while flight.unfinished:
                 output = await flight.outputs.get()
-                if isinstance(output, EngineDeadError):
+                if isinstance(output, EngineError):
                     raise output
                 if output.index not in flight.unfinished:
                     continue
@@ -133,10 +154,19 @@ class _QueueClient:
                 if output.finish_reason is FinishReason.ERROR:
                     raise RequestError(output.error or "the request failed")
                 yield output
+            self.num_finished += 1
         finally:
+            if alarm:
+                alarm.cancel()
             del self._in_flight[request.request_id]
             if flight.unfinished and not self._dead.done():
                 self._send(AbortRequest(request.request_id))
+
+    def _set_alarm(self, time_limit_s: float | None, flight: _InFlight) -> asyncio.TimerHandle | None:
+        if time_limit_s is None:
+            return None
+        late = TimeLimitError(f"The request took longer than {time_limit_s:g} s.")
+        return self._loop.call_later(time_limit_s, flight.outputs.put_nowait, late)
 
     def end_choice(self, request_id: str, index: int) -> None:
         """See EngineClient."""
@@ -148,7 +178,7 @@ class _QueueClient:
     def check_health(self) -> None:
         """See EngineClient."""
         if self._dead.done():
-            raise EngineDeadError(self._dead.result())
+            raise self._death(self._dead.result())
 
     async def wait_dead(self) -> str:
         """See EngineClient."""
@@ -156,6 +186,7 @@ class _QueueClient:
 
     def _receive(self, message: FromEngine) -> None:
         """On the event loop: hand outputs to whoever waits for them."""
+        self.num_messages += 1
         if isinstance(message, StepOutputs):
             self._stats = message.stats
             for output in message.outputs:
@@ -164,12 +195,13 @@ class _QueueClient:
         elif isinstance(message, EngineFailed):
             self._fail(message.reason)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, death: type[EngineDeadError] = EngineDeadError) -> None:
         """On the event loop: the engine serves no more."""
         if not self._dead.done():
+            self._death = death
             self._dead.set_result(reason)
             for flight in self._in_flight.values():
-                flight.outputs.put_nowait(EngineDeadError(reason))
+                flight.outputs.put_nowait(death(reason))
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         """From a thread: run on the event loop, unless that is already closed."""
@@ -186,8 +218,12 @@ class ProcessEngineClient(_QueueClient):
         self.process = process
         self._connection = connection
         atexit.register(process.kill)  # else multiprocessing waits at exit for a process that ignores SIGTERM
-        for target in (self._read, self._write):
-            threading.Thread(target=target, daemon=True, name=f"engine{target.__name__}").start()
+        self._threads = [
+            threading.Thread(target=target, daemon=True, name=f"engine{target.__name__}")
+            for target in (self._read, self._write)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     async def start(cls, args: EngineArgs) -> Self:
@@ -207,21 +243,30 @@ class ProcessEngineClient(_QueueClient):
             ) from None
         except asyncio.CancelledError:
             process.kill()
+            process.join(REAP_SECONDS)
             raise
         if isinstance(first, EngineFailed):
             process.join(JOIN_SECONDS)
             raise EngineStartError(first.reason)
         return cls(process, ours, first)
 
+    def kill(self, reason: str) -> None:
+        """End the process at once, and with `reason` all requests in flight."""
+        self._fail(reason)
+        self.process.kill()
+
     async def close(self) -> None:
         """See EngineClient."""
-        self._fail("the server is shutting down")
+        self._fail("the server is shutting down", EngineClosedError)
         self._outbox.put(Shutdown())
         self._outbox.put(None)
         await asyncio.to_thread(self.process.join, JOIN_SECONDS)
         if self.process.is_alive():
             self.process.kill()
             await asyncio.to_thread(self.process.join)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, JOIN_SECONDS)
+        self._connection.close()
         atexit.unregister(self.process.kill)
 
     def _read(self) -> None:
@@ -229,7 +274,7 @@ class ProcessEngineClient(_QueueClient):
             while True:
                 self._call(self._receive, channel.receive(self._connection))
         except (EOFError, OSError):
-            self.process.join(JOIN_SECONDS)
+            self.process.join(REAP_SECONDS)
             self._call(self._fail, f"the engine process ended (exit code {self.process.exitcode})")
 
     def _write(self) -> None:
@@ -267,7 +312,7 @@ class InlineEngineClient(_QueueClient):
 
     async def close(self) -> None:
         """See EngineClient."""
-        self._fail("the engine was closed")
+        self._fail("the engine was closed", EngineClosedError)
         self._send(Shutdown())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, JOIN_SECONDS)

@@ -23,12 +23,13 @@ from configs.settings import Settings
 from engine.client import EngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
+from server.admission import PromptQueue, Traffic
 from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
 from server.errors import to_api_error
 from server.media import MediaLoader
-from server.middleware import RequestScope, Traffic
+from server.middleware import RequestScope
 from server.openapi import make_document
 from server.prompt import PromptBuilder
 from server.routes import allowed_methods, router
@@ -62,7 +63,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.serving = serving
     app.state.transcriber = _transcriber(settings, serving, loader)
-    app.state.traffic = Traffic()
+    app.state.traffic = Traffic(engine.info.max_num_seqs + settings.max_num_queued_reqs)
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
     app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
@@ -96,6 +97,8 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader:
         grammars=GrammarCompiler(checkpoint, engine.info.vocab_size),
         defaults=_generation_defaults(settings, checkpoint, tokenizer),
         keep_alive_s=settings.sse_keep_alive_interval or None,
+        queue=PromptQueue(settings.max_num_queued_tokens),
+        time_limit_s=settings.request_timeout or None,
     )
 
 

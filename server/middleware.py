@@ -15,8 +15,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.admission import Traffic
 from server.auth import ApiKeys
-from server.errors import UNAVAILABLE, ApiError, to_api_error
+from server.errors import to_api_error
 from server.logs import log_failure
 
 PROBES = ("/health", "/ready")
@@ -28,20 +29,6 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
-
-
-class Traffic:
-    """What is in flight, and whether more is welcome. Touched on the event loop only."""
-
-    def __init__(self) -> None:
-        self.num_in_flight = 0
-        self.is_draining = False
-
-    def check_welcome(self) -> None:
-        """Raise ApiError (503) while the server is shutting down."""
-        if self.is_draining:
-            headers = {"Retry-After": "1", "Connection": "close"}
-            raise ApiError(503, "The server is shutting down.", UNAVAILABLE, code="shutting_down", headers=headers)
 
 
 class RequestScope:
@@ -64,7 +51,8 @@ class RequestScope:
             if scope["path"] not in PROBES:
                 scope.setdefault("state", {})["caller"] = self._keys.check(headers.get("authorization"))
                 self._traffic.check_welcome()
-            await self._app(scope, receive, exchange.send)
+            with self._traffic.place(scope["method"]):
+                await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
             exchange.status = CLIENT_GONE
         except Exception as error:

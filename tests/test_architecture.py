@@ -44,6 +44,7 @@ TORCH_FREE_ENGINE = {
     "engine.scheduler",
     "engine.sequence",
     "engine.speculation",
+    "engine.supervisor",
 }
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 50

@@ -25,7 +25,7 @@ from configs.settings import Settings
 from engine.messages import EngineInfo
 from server.app import create_app
 from server.chat_template import DEFAULT_TEMPLATE
-from server.lifecycle import DrainingServer
+from server.lifecycle import DrainingServer, DrainPolicy
 from server.tokenizer import Tokenizer
 
 from .fake_engine import INFO, FakeEngineClient, Script
@@ -126,7 +126,9 @@ class Servers:
         self._client = httpx.Client(trust_env=False, timeout=10)
         self._running: list[tuple[DrainingServer, threading.Thread]] = []
 
-    def start(self, *, info: EngineInfo = INFO, **settings: Any) -> Served:
+    def start(
+        self, *, info: EngineInfo = INFO, drain_grace_s: float = 0, drain_timeout_s: float = 5, **settings: Any
+    ) -> Served:
         started = threading.Event()
         box: list[Served] = []
 
@@ -137,7 +139,7 @@ class Servers:
             config = uvicorn.Config(
                 app, port=0, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1
             )
-            server = DrainingServer(config, app.state.traffic, shutdown_timeout_s=5)
+            server = DrainingServer(config, app.state.traffic, engine, DrainPolicy(drain_grace_s, drain_timeout_s))
             serving = asyncio.create_task(server.serve())
             while not server.started:
                 await asyncio.sleep(0.005)
