@@ -6,10 +6,12 @@ x-request-id, errors included. The log line holds no text, no audio and no query
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -22,6 +24,8 @@ from server.logs import log_failure
 
 PROBES = ("/health", "/ready")
 """Open to all, and asked every few seconds: not worth a log line. Everything else needs the key."""
+LINGER_SECONDS = 2.0
+"""How long a client that has been refused may go on sending, to no end."""
 CLIENT_GONE = 499
 """nginx's status for a client that left; only ever logged."""
 
@@ -45,18 +49,18 @@ class RequestScope:
             return
         started = time.perf_counter()
         headers = Headers(scope=scope)
-        exchange = _Exchange(send, headers.get("x-request-id", ""))
+        exchange = _Exchange(receive, send, headers)
         self._traffic.num_in_flight += 1
         try:
             if scope["path"] not in PROBES:
                 scope.setdefault("state", {})["caller"] = self._keys.check(headers.get("authorization"))
                 self._traffic.check_welcome()
             with self._traffic.place(scope["method"]):
-                await self._app(scope, receive, exchange.send)
+                await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             exchange.status = CLIENT_GONE
         except Exception as error:
-            await exchange.fail(error, scope, receive)
+            await exchange.fail(error, scope)
         finally:
             self._traffic.num_in_flight -= 1
             duration_ms = 1000 * (time.perf_counter() - started)
@@ -68,14 +72,22 @@ class RequestScope:
 
 
 class _Exchange:
-    """One request's answer on its way out."""
+    """One request on its way in and its answer on its way out."""
 
-    def __init__(self, send: Send, asked_id: str) -> None:
+    def __init__(self, receive: Receive, send: Send, headers: Headers) -> None:
+        self._receive = receive
         self._send = send
+        self._is_body_coming = "content-length" in headers or "transfer-encoding" in headers
+        asked_id = headers.get("x-request-id", "")
         self.request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex
         self.status = CLIENT_GONE
         """Until an answer begins."""
         self._has_begun = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._is_body_coming = self._is_body_coming and bool(message.get("more_body"))
+        return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -84,11 +96,23 @@ class _Exchange:
             MutableHeaders(scope=message)["x-request-id"] = self.request_id
         await self._send(message)
 
-    async def fail(self, error: Exception, scope: Scope, receive: Receive) -> None:
+    async def fail(self, error: Exception, scope: Scope) -> None:
         """Answer with the error, unless an answer has begun: then only the connection can tell."""
         told = to_api_error(error)
         if told.status >= 500 and told is not error:
             log_failure(logger, f"request {self.request_id} failed", error)
         if self._has_begun:
             raise error
-        await told.response()(scope, receive, self.send)
+        await told.response()(scope, self.receive, self._send_before_body if self._is_body_coming else self.send)
+
+    async def _send_before_body(self, message: Message) -> None:
+        """An answer to a client that is still sending: closing on it would reset the connection, answer and all."""
+        if message["type"] != "http.response.body":
+            await self.send(message)
+            return
+        await self.send({**message, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while self._is_body_coming:
+                    await self.receive()
+        await self.send({"type": "http.response.body"})

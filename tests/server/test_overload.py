@@ -79,6 +79,34 @@ def test_a_full_server_refuses_before_the_body_and_still_answers_questions(small
     wait_until_let_in(small)
 
 
+def test_a_refused_client_may_finish_its_sentence(small: Served) -> None:
+    """Closing on a client that is still sending resets the connection, and it never reads why."""
+    address = urlsplit(small.url)
+    body = b'{"messages": [], "user": "' + b"a" * 900_000 + b'"}'
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body)
+    held = [socket.create_connection((address.hostname, address.port)) for _ in range(CAPACITY)]
+    try:
+        for connection in held:
+            connection.sendall(request)
+        time.sleep(0.2)
+        started = time.monotonic()
+        with socket.create_connection((address.hostname, address.port), timeout=5) as late:
+            late.sendall(request + body[:1000])
+            time.sleep(0.1)
+            for start in range(1000, len(body), 100_000):
+                late.sendall(body[start : start + 100_000])
+            answer = b""
+            while piece := late.recv(4096):
+                answer += piece
+        assert b"server_overloaded" in answer
+        assert time.monotonic() - started < 1.5, "the end of the body was not noticed"
+    finally:
+        for connection in held:
+            connection.close()
+    wait_until_let_in(small)
+
+
 def test_prompts_that_wait_are_bounded_in_tokens_and_one_alone_is_not(servers: Servers) -> None:
     small = servers.start(max_num_queued_tokens=100)
     small.say("one two", delay_s=0.4)
