@@ -25,7 +25,8 @@ from server.logs import log_failure
 PROBES = ("/health", "/ready")
 """Open to all, and asked every few seconds: not worth a log line. Everything else needs the key."""
 LINGER_SECONDS = 2.0
-"""How long a client that has been refused may go on sending, to no end."""
+LINGER_BYTES = 32 << 20
+"""How long, and how much, a client that has been refused may go on sending, to no end."""
 CLIENT_GONE = 499
 """nginx's status for a client that left; only ever logged."""
 
@@ -113,6 +114,7 @@ class _Exchange:
         await self.send({**message, "more_body": True})
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
-                while self._is_body_coming:
-                    await self.receive()
+                num_bytes = 0
+                while self._is_body_coming and num_bytes < LINGER_BYTES:
+                    num_bytes += len((await self.receive()).get("body", b""))
         await self.send({"type": "http.response.body"})
