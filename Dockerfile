@@ -3,6 +3,7 @@
 #
 #   docker build -t tympan .
 #   docker build -t tympan:cpu --build-arg TORCH_INDEX=<URL of a CPU wheel index of torch> .
+#   docker build -t tympan --build-arg FLASH_ATTN=<URL of a wheel of flash-attn for that torch> .
 #   docker run --gpus all -p 8000:8000 -v ~/.cache/huggingface:/cache tympan --model Qwen/Qwen2-Audio-7B-Instruct
 
 FROM python:3.12-slim AS build
@@ -18,6 +19,9 @@ COPY pyproject.toml README.md ./
 RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
         > /tmp/requirements.txt \
     && pip install -r /tmp/requirements.txt
+# Optional: own kernels serve without it. As sources it would need nvcc, which this image does not bring, and hours.
+ARG FLASH_ATTN=""
+RUN if [ -n "$FLASH_ATTN" ]; then pip install --no-deps einops "$FLASH_ATTN"; fi
 
 FROM python:3.12-slim
 RUN useradd --uid 2000 --gid 0 --create-home tympan && mkdir /cache && chown 2000:0 /cache && chmod g+w /cache

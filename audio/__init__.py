@@ -1,15 +1,13 @@
 """Sound from anywhere to mono 16 kHz PCM: sources, safe fetching, bounded decoding, resampling.
 
-The way of a clip: `AudioSource` -> (`MediaFetcher`) -> bytes -> `decode` -> `Pcm`, with `AudioLoader`
-putting the blocking half into threads. Long files go another: blocks out of `decode_blocks`, cut by
-`segment` into windows. Whatever is wrong with a clip is an `AudioError`, the client's
-fault. Free of torch, and of the engine, the model, the server and their settings.
+The way of a clip: `AudioSource` -> (`audio.fetch`) -> bytes -> `audio.decode` in a process of its own -> `Pcm`, with
+`AudioLoader` driving it. Long files go another: the decoder cuts them by `segment` into windows. Whatever is wrong
+with a clip is an `AudioError`, the client's fault. Free of torch, and of the engine, the model, the server and their
+settings. Codecs are loaded by `audio.decoder_process` alone, HTTP by `audio.fetch`: neither is imported here.
 """
 
-from audio.decode import decode, decode_blocks
 from audio.errors import AudioDecodeError, AudioError, AudioFetchError, AudioLimitError, AudioSourceError
-from audio.fetch import MediaFetcher
-from audio.limits import AudioLimits, FetchPolicy
+from audio.limits import AudioLimits, DecoderLimits, FetchPolicy
 from audio.loader import AudioLoader
 from audio.pcm import SAMPLE_RATE, Pcm
 from audio.segment import segment
@@ -27,11 +25,9 @@ __all__ = [
     "AudioSource",
     "AudioSourceError",
     "AudioUrl",
+    "DecoderLimits",
     "FetchPolicy",
     "InlineAudio",
-    "MediaFetcher",
     "Pcm",
-    "decode",
-    "decode_blocks",
     "segment",
 ]

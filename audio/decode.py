@@ -2,7 +2,8 @@
 
 Every limit is enforced on the decoded block in hand, before the next one is asked for, because a
 header may lie and a megabyte of FLAC can hold ten hours. Channels are mixed by their mean, here and
-per block. Blocking and thread-safe: each call owns its decoder. Does not know where bytes came from.
+per block. Imported by `audio.decoder_process` alone: the server has no codec loaded. Does not know where bytes came
+from.
 """
 
 import io
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 from audio.errors import AudioDecodeError, AudioError, AudioLimitError
 from audio.ffmpeg import CODEC_ERRORS, read_blocks
 from audio.limits import AudioLimits
-from audio.pcm import Pcm
 from audio.resample import StreamResampler
 from audio.sniff import NUM_SNIFFED_BYTES, SUPPORTED_FORMATS, Container, sniff
 
@@ -29,20 +29,19 @@ _HEADER_SLACK_S = 1.0  # encoder padding may make a header overstate a clip that
 _MAX_AMPLITUDE = 2.0**32
 
 
-def decode(data: bytes, limits: AudioLimits) -> Pcm:
-    """Decode `data` to 16 kHz mono.
+def decode(file: IO[bytes], limits: AudioLimits) -> NDArray[np.float32]:
+    """Decode a seekable file to 16 kHz mono, float32 [S] with at least one sample.
 
     Raises AudioDecodeError (`audio_empty`, `unsupported_audio`, `invalid_audio`) or AudioLimitError
     (`audio_too_large`, `audio_too_long`, `unsupported_audio`), and nothing else for any input.
     """
-    file = io.BytesIO(data)
     container = _check(file, limits)
     if container.is_soundfile_first:
         try:
-            return _whole(_read_with_soundfile(file, limits))
+            return np.concatenate(list(_read_with_soundfile(file, limits)))
         except AudioDecodeError:
             file.seek(0)  # FFmpeg reads more codecs in these containers, and files without a length
-    return _whole(_read_with_ffmpeg(file, container.demuxers, limits))
+    return np.concatenate(list(_read_with_ffmpeg(file, container.demuxers, limits)))
 
 
 def decode_blocks(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
@@ -80,12 +79,6 @@ def _check(file: IO[bytes], limits: AudioLimits) -> Container:
             "unsupported_audio", f"The audio is in no supported format. Supported: {SUPPORTED_FORMATS}."
         )
     return container
-
-
-def _whole(blocks: Iterator[NDArray[np.float32]]) -> Pcm:
-    samples = np.concatenate(list(blocks))
-    samples.setflags(write=False)
-    return Pcm(samples)
 
 
 class _MonoSink:

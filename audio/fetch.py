@@ -1,8 +1,9 @@
 """Fetches a media link that a stranger chose.
 
 Every hop of a redirect is checked like the first; bytes are counted as they arrive; the whole fetch
-has one deadline, because a read timeout never fires on a byte every second. Nothing is remembered
-between fetches but open connections. The origin's words (body, reason, address) are never repeated.
+has one deadline, because a read timeout never fires on a byte every second. Between fetches only open
+connections are remembered, and what a `MediaCache` keeps. The origin's words (body, reason, address) are never
+repeated.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import httpx
 
 from audio.errors import AudioFetchError
 from audio.limits import AudioLimits, FetchPolicy
+from audio.media_cache import MediaCache
 from audio.media_url import host_of, parse_media_url
 from audio.transport import PinnedTransport, Resolver, SystemResolver, no_cookies
 
@@ -24,7 +26,7 @@ _IDENTITY_ENCODINGS = frozenset({"", "identity"})
 class MediaFetcher:
     """One pooled client for all media links. Use from one event loop; close with `aclose`.
 
-    `resolver` and `verify` (a TLS context) replace the system's.
+    `cache` keeps answers. `resolver` and `verify` (a TLS context) replace the system's.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class MediaFetcher:
         policy: FetchPolicy,
         limits: AudioLimits,
         *,
+        cache: MediaCache | None = None,
         resolver: Resolver | None = None,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self._policy = policy
         self._limits = limits
+        self._cache = cache or MediaCache(0)
         self._system_resolver = SystemResolver() if resolver is None else None
         self._host_slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         chosen = resolver or self._system_resolver
@@ -55,15 +59,15 @@ class MediaFetcher:
             ),
         )
 
-    async def fetch(self, url: str) -> bytes:
-        """The body behind an http(s) `url`.
+    async def fetch(self, url: str, scope: str = "") -> bytes:
+        """The body behind an http(s) `url`, or the cached one of the same scope.
 
         Raises AudioSourceError `invalid_audio_url`, AudioFetchError (`media_url_refused`,
         `media_fetch_failed`) or AudioLimitError `audio_too_large`.
         """
         try:
             async with asyncio.timeout(self._policy.total_timeout_s):
-                return await self._follow(parse_media_url(url, self._policy))
+                return await self._follow(parse_media_url(url, self._policy), scope)
         except (TimeoutError, httpx.TimeoutException):
             raise _failed("The audio URL did not answer in time.") from None
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError, ExceptionGroup):
@@ -74,27 +78,37 @@ class MediaFetcher:
         if self._system_resolver is not None:
             self._system_resolver.close()
 
-    async def _follow(self, url: httpx.URL) -> bytes:
+    async def _follow(self, url: httpx.URL, scope: str) -> bytes:
         for _ in range(self._policy.max_redirects + 1):
-            answer = await self._request(url)
+            answer = await self._request(url, scope)
             if isinstance(answer, bytes):
                 return answer
             url = answer
         raise _failed("The audio URL redirects too often.")
 
-    async def _request(self, url: httpx.URL) -> bytes | httpx.URL:
+    async def _request(self, url: httpx.URL, scope: str) -> bytes | httpx.URL:
         """One hop: the body, or the checked link to go on with."""
+        cached = self._cache.get(scope, url)
+        if cached is not None and self._cache.is_fresh(cached):
+            return cached.body
         host = host_of(url)
         slots = self._host_slots.get(host)
         if slots is None:
             slots = self._host_slots[host] = asyncio.Semaphore(self._policy.max_connections_per_host)
-        async with slots, self._client.stream("GET", url) as response:
+        conditions = cached.conditions if cached is not None else {}
+        async with slots, self._client.stream("GET", url, headers=conditions) as response:
+            if conditions and response.status_code == httpx.codes.NOT_MODIFIED:
+                assert cached is not None
+                self._cache.renew(scope, url, cached, response.headers)
+                return cached.body
             location = response.headers.get("location")
             if response.status_code in _REDIRECT_STATUSES and location is not None:
                 return parse_media_url(location, self._policy, base=url)
             if response.status_code != httpx.codes.OK:
                 raise _failed(f"The audio URL answered with HTTP status {response.status_code}.")
-            return await self._read_body(response)
+            body = await self._read_body(response)
+            self._cache.put(scope, url, response.headers, body)
+            return body
 
     async def _read_body(self, response: httpx.Response) -> bytes:
         if response.headers.get("content-encoding", "").strip().lower() not in _IDENTITY_ENCODINGS:

@@ -44,6 +44,23 @@ class AudioLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class DecoderLimits:
+    """What a decoder's process may take, beside what `AudioLimits` allow a file. Times are seconds.
+
+    `cpu_s` is processor time of one step: a whole clip, or one window of a long file. `wall_s` is how long an
+    answer is waited for: several times more, because a busy machine may let a decoder wait. `memory_bytes` is
+    address space, of which a file that is in order touches a small part.
+    """
+
+    cpu_s: float = 20.0
+    wall_s: float = 120.0
+    memory_bytes: int = 256 * MIB
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "cpu_s", "wall_s", "memory_bytes")
+
+
+@dataclass(frozen=True, slots=True)
 class FetchPolicy:
     """Where media links may lead and how long they may take. Times are seconds.
 
@@ -83,7 +100,7 @@ class FetchPolicy:
             object.__setattr__(self, name, frozenset(entry.strip().lower() for entry in entries))
 
 
-def _require_positive(limits: AudioLimits | FetchPolicy, *names: str) -> None:
+def _require_positive(limits: AudioLimits | DecoderLimits | FetchPolicy, *names: str) -> None:
     for name in names:
         value = getattr(limits, name)
         if not (math.isfinite(value) and value > 0):

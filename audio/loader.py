@@ -1,9 +1,9 @@
 """From any source to `Pcm` without ever holding up the event loop.
 
-Fetching runs on the loop; base64, decoding and resampling run in a small pool of threads, whose
-libraries release the GIL, and whose priority is lower than the loop's. A semaphore as wide as the pool
-keeps waiting clips out of its queue, so one that is cancelled while waiting costs nothing. How long a
-clip may be for the model is not known here.
+Fetching runs on the loop; base64 and hashes take a small pool of threads, which release the GIL and have a
+priority lower than the loop's; decoding and resampling take a process for each of those threads
+(`audio.decoder_pool`). A semaphore as wide as the pool keeps waiting clips out of its queue, so one that is
+cancelled while waiting costs nothing. How long a clip may be for the model is not known here.
 """
 
 import asyncio
@@ -12,38 +12,59 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO
+from functools import partial
+from typing import IO, TYPE_CHECKING
 
-from audio.decode import decode, decode_blocks
+from audio.decoder_pool import DECODER_NICENESS, DecoderPool
 from audio.errors import AudioFetchError
-from audio.fetch import MediaFetcher
-from audio.limits import AudioLimits
+from audio.limits import AudioLimits, DecoderLimits
+from audio.local_file import LocalFiles, is_file_url
 from audio.pcm import Pcm
-from audio.segment import segment
 from audio.source import AudioBytes, AudioSource, InlineAudio, decode_data_url, decode_inline, is_data_url
 
-DECODER_NICENESS = 5
-"""Above the event loop's: where all cores are busy, a long file waits rather than everybody else."""
+if TYPE_CHECKING:
+    from audio.fetch import MediaFetcher
+
+_MAX_WORKERS = 8
 
 
 class AudioLoader:
     """Loads clips, at most `num_workers` being decoded at once. Owns `fetcher`; None refuses links.
 
+    local_files: what file: URLs may name; None refuses them. num_workers: default: one for each core that this
+    process may use, from two to eight.
     Use from one event loop; close with `aclose`.
     """
 
-    def __init__(self, limits: AudioLimits, fetcher: MediaFetcher | None = None, num_workers: int = 2) -> None:
+    def __init__(
+        self,
+        limits: AudioLimits,
+        fetcher: "MediaFetcher | None" = None,
+        local_files: LocalFiles | None = None,
+        num_workers: int | None = None,
+        decoder_limits: DecoderLimits | None = None,
+    ) -> None:
         self._limits = limits
         self._fetcher = fetcher
-        self._executor = ThreadPoolExecutor(num_workers, "audio-decode", _yield_to_others)
-        self._slots = asyncio.Semaphore(num_workers)
+        self._local_files = local_files
+        self._num_workers = num_workers or min(max(2, _num_cores()), _MAX_WORKERS)
+        self._decoders = DecoderPool(limits, decoder_limits)
+        self._executor = ThreadPoolExecutor(self._num_workers, "audio-decode", _yield_to_others)
+        self._slots = asyncio.Semaphore(self._num_workers)
 
-    async def load(self, source: AudioSource) -> Pcm:
-        """The clip at `source`. Raises AudioError, whose subclass and code say what is wrong."""
-        read = await self._reader(source)
+    def warm_up(self) -> None:
+        """Begin to start the decoders, which takes a moment: the first clips would wait for them."""
+        self._executor.submit(self._decoders.start, self._num_workers)
+
+    async def load(self, source: AudioSource, scope: str = "") -> Pcm:
+        """The clip at `source`; what was fetched in the same scope may serve again.
+
+        Raises AudioError, whose subclass and code say what is wrong.
+        """
+        read = await self._reader(source, scope)
         async with self._slots:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, lambda: decode(read(), self._limits))
+            return await loop.run_in_executor(self._executor, lambda: Pcm(self._decoders.decode(read())))
 
     async def stream(self, file: IO[bytes], limits: AudioLimits, max_samples: int) -> AsyncGenerator[Pcm, None]:
         """The windows of a seekable file, cut by `audio.segment`, each decoded when it is asked for.
@@ -51,7 +72,7 @@ class AudioLoader:
         `limits` are this file's, instead of the loader's own. The file is in use until the generator is closed.
         Raises AudioError.
         """
-        windows = segment(decode_blocks(file, limits), max_samples)
+        windows = self._decoders.windows(file, limits, max_samples)
         in_use = threading.Lock()  # a step whose reader was cancelled may still be running
 
         def step() -> Pcm | None:
@@ -75,12 +96,13 @@ class AudioLoader:
             await loop.run_in_executor(None, close)
 
     async def aclose(self) -> None:
-        """Drop what waits, let running decodes end, close the connections."""
+        """Drop what waits, let running decodes end, close the connections and the decoders."""
         if self._fetcher is not None:
             await self._fetcher.aclose()
         await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._decoders.close)
 
-    async def _reader(self, source: AudioSource) -> Callable[[], bytes]:
+    async def _reader(self, source: AudioSource, scope: str) -> Callable[[], bytes]:
         """What gives the file's bytes when called in a worker: even base64 is too slow for the loop."""
         limits = self._limits
         if isinstance(source, AudioBytes):
@@ -89,10 +111,19 @@ class AudioLoader:
             return lambda: decode_inline(source.data, limits)
         if is_data_url(source.url):
             return lambda: decode_data_url(source.url, limits)
+        if is_file_url(source.url):
+            if self._local_files is None:
+                raise AudioFetchError("media_url_refused", "This server does not read audio from file: URLs.")
+            return partial(self._local_files.read, source.url)
         if self._fetcher is None:
             raise AudioFetchError("media_url_refused", "This server does not fetch audio from URLs.")
-        data = await self._fetcher.fetch(source.url)
+        data = await self._fetcher.fetch(source.url, scope)
         return lambda: data
+
+
+def _num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _yield_to_others() -> None:

@@ -31,7 +31,8 @@ import psutil
 import soundfile
 import soxr
 
-from audio import SAMPLE_RATE, AudioLimits, Pcm, decode
+from audio import SAMPLE_RATE, AudioLimits, Pcm
+from audio.decode import decode
 from audio.resample import StreamResampler
 from audio.source import decode_inline
 from benchmarks import health
@@ -80,25 +81,31 @@ def make_body(clip: bytes, output_tokens: int) -> dict[str, Any]:
     }
 
 
-def drive(url: str, requests: Sequence[bytes], concurrency: int, pids: Sequence[int]) -> tuple[float, list[float]]:
-    """Send all requests. -> seconds, and CPU seconds of each process meanwhile."""
+def drive(
+    url: str, requests: Sequence[bytes], concurrency: int, groups: Sequence[Sequence[int]]
+) -> tuple[float, list[float]]:
+    """Send all requests. -> seconds, and CPU seconds of each group of processes meanwhile."""
 
     async def one(number: int) -> None:
         answer = await send(url, requests[number])
         assert answer.status == 200, f"HTTP {answer.status}"
 
-    processes = [psutil.Process(pid) for pid in pids]
-    before = [cpu_seconds(process) for process in processes]
+    before = [sum(map(cpu_seconds, group)) for group in groups]
     started = time.perf_counter()
     asyncio.run(closed_loop(len(requests), concurrency, one))
     wall = time.perf_counter() - started
-    return wall, [cpu_seconds(process) - then for process, then in zip(processes, before, strict=True)]
+    return wall, [sum(map(cpu_seconds, group)) - then for group, then in zip(groups, before, strict=True)]
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    """Of all its threads, so far."""
-    times = process.cpu_times()
+def cpu_seconds(pid: int) -> float:
+    """Of all threads of a process, so far."""
+    times = psutil.Process(pid).cpu_times()
     return times.user + times.system
+
+
+def with_decoders(pid: int) -> list[int]:
+    """A server's HTTP process and all that it has started."""
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
 def through_the_front(clips: dict[tuple[float, str], bytes], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -114,7 +121,7 @@ def through_the_front(clips: dict[tuple[float, str], bytes], args: argparse.Name
         request = json_request("/v1/chat/completions", make_body(clip, 1))
         drive(url, [request] * args.concurrency, args.concurrency, [])
         count = max(4 * args.concurrency, int(args.requests * 2 / seconds))
-        wall, [cpu] = drive(url, [request] * count, args.concurrency, [process.pid])
+        wall, [cpu] = drive(url, [request] * count, args.concurrency, [with_decoders(process.pid)])
         rows.append(
             {
                 "clip_seconds": seconds,
@@ -134,7 +141,7 @@ def stages(clip: bytes) -> dict[str, float]:
     limits = AudioLimits()
     body = json.dumps(make_body(clip, 1)).encode()
     text = base64.b64encode(clip).decode()
-    pcm = decode(clip, limits)
+    pcm = Pcm(decode(io.BytesIO(clip), limits))
     rate = soundfile.info(io.BytesIO(clip)).samplerate
     raw = soxr.resample(pcm.samples, SAMPLE_RATE, rate)
     folder = BUNDLED_CHECKPOINT
@@ -146,7 +153,7 @@ def stages(clip: bytes) -> dict[str, float]:
     took = {
         "parse": fastest(lambda: validate_json(ChatRequest, [body])),
         "base64": fastest(lambda: decode_inline(text, limits)),
-        "decode_resample_hash": fastest(lambda: decode(clip, limits)),
+        "decode_resample_hash": fastest(lambda: Pcm(decode(io.BytesIO(clip), limits))),
         "resample": fastest(lambda: resample(raw, rate)) if rate != SAMPLE_RATE else 0.0,
         "hash": fastest(lambda: Pcm(pcm.samples)),
         "render_tokenize": fastest(lambda: prompts.chat([Turn("user", (AUDIO, QUESTION))], [num_tokens])),
@@ -207,10 +214,11 @@ def engine_share(name: str, folder: Path, args: argparse.Namespace) -> dict[str,
     }
 
 
-def server_pids() -> tuple[int, int]:
-    """The server's HTTP process, which this process has started, and its engine's."""
+def server_pids() -> tuple[list[int], list[int]]:
+    """The server's HTTP process, which this process has started, with its decoders; and its engine's."""
     [front] = [child for child in psutil.Process().children() if "server" in child.cmdline()]
-    return front.pid, max(front.children(), key=cpu_seconds).pid
+    engine = max((child.pid for child in front.children()), key=cpu_seconds)
+    return [pid for pid in with_decoders(front.pid) if pid != engine], [engine]
 
 
 def clips(args: argparse.Namespace) -> dict[str, Any]:

@@ -48,11 +48,11 @@ class NoModel(nn.Module):
 
     def __init__(self, real: Any) -> None:
         super().__init__()
-        self.config = real.config
+        self.config, self.shard = real.config, real.shard
         generator = torch.Generator().manual_seed(0)
         self._logits = torch.randn(real.config.text.vocab_size, generator=generator).to(real.device)
 
-    def encode_audio(self, clips: list[Tensor]) -> list[Tensor]:
+    def encode_audio(self, clips: list[Any]) -> list[Tensor]:
         """-> [A_i, C] each."""
         width = self.config.text.hidden_size
         return [self._logits.new_zeros(num_audio_tokens(len(samples)), width) for samples in clips]

@@ -18,7 +18,7 @@ class NullEngineClient:
     """An EngineClient whose every answer is one token, without a pipe, a model or a wait."""
 
     def __init__(self) -> None:
-        self.info = EngineInfo(8192, 1536, "none", "none", "", "none", "", 0, 16, 64, 0.0)
+        self.info = EngineInfo(8192, 1536, "none", "none", "", "none", "", 0, 16, 64, 512, "", 0.0)
         self.stats = EngineStats()
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
@@ -40,13 +40,13 @@ class NullEngineClient:
         """Nothing to stop."""
 
 
-def serve(parent: Connection) -> None:
+def serve(parent: Connection, settings: Settings | None = None) -> None:
     """In a process of its own: the real application on a free port, which is sent, until the parent says a word."""
-    asyncio.run(_serve(parent))
+    asyncio.run(_serve(parent, settings or Settings()))
 
 
-async def _serve(parent: Connection) -> None:
-    app = create_app(Settings(), NullEngineClient(), BUNDLED_CHECKPOINT)
+async def _serve(parent: Connection, settings: Settings) -> None:
+    app = create_app(settings, NullEngineClient(), BUNDLED_CHECKPOINT)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve())
     while not server.started:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, DirectoryPath, Field, NonNegativeInt
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -78,10 +78,30 @@ class Settings(BaseModel):
         "engine", "auto", "precision of weights and activations"
     )
     attention_backend: Literal["auto", "cpu", "triton", "flash_attn", "torch_varlen", "reference"] = _setting(
-        "engine", "auto", "attention kernels"
+        "engine",
+        "auto",
+        "attention kernels; auto on CUDA: triton, our own, else flash_attn (version 3 on Hopper where it is "
+        "installed, else 2), else torch_varlen, else plain torch, the reference; on a CPU: cpu",
     )
-    quantization: Literal["int8"] | None = _setting(
-        "engine", None, "int8: on a CPU, products of few rows read weights of 8 bits; default: weights as stored"
+    quantization: Literal["fp8", "int8"] | None = _setting(
+        "engine",
+        None,
+        "fp8: on a GPU, the decoder multiplies in float8 (e4m3); int8: on a CPU, products of few rows read weights "
+        "of 8 bits; default: weights as stored",
+    )
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = _setting(
+        "engine",
+        "auto",
+        "precision of keys and values: fp8 (e4m3) holds twice the tokens of bfloat16, under scales that the "
+        "checkpoint brings or that no value exceeds; auto: as computed",
+    )
+    tensor_parallel_size: int = _setting(
+        "engine",
+        1,
+        "GPUs of this machine that share one model, for cards that are too small alone; it must divide the numbers "
+        "of attention and key-value heads",
+        ge=1,
+        le=64,
     )
     seed: int | None = _setting(
         "engine", None, "base of the seeds of requests that bring none; default: from the system", ge=0, lt=2**63
@@ -95,6 +115,12 @@ class Settings(BaseModel):
         None,
         "prepare a step while the device computes the one before; default: on CUDA only, as a CPU has nothing to "
         "spare meanwhile, and not with --num-speculative-tokens",
+    )
+    enforce_eager: bool = _setting(
+        "engine",
+        False,
+        "launch every kernel of every step, without CUDA graphs: slower at small batches, starts sooner, and takes "
+        "less of the GPU's memory",
     )
     max_num_batched_tokens: int | None = _setting(
         "engine",
@@ -255,6 +281,20 @@ class Settings(BaseModel):
         (),
         "hosts that audio may be fetched from though their addresses are private or loopback",
         metavar="HOST[:PORT]",
+    )
+    allowed_local_media_path: DirectoryPath | None = _setting(
+        "audio",
+        None,
+        "folder whose files requests may name by file: URLs, subfolders included, links out of it not; "
+        "default: file: URLs are refused",
+        metavar="DIR",
+    )
+    media_cache_mb: float = _setting(
+        "audio",
+        64,
+        "memory for audio that was fetched, in MiB, as long as its origin's Cache-Control and validators allow, an "
+        "hour at most; every API key has an equal share of it; 0: everything is fetched anew",
+        ge=0,
     )
 
     @property

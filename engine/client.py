@@ -11,22 +11,16 @@ of several choices. This module is torch-free: what needs torch is imported by t
 from __future__ import annotations
 
 import asyncio
-import atexit
 import importlib
-import multiprocessing
 import queue
-import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from types import ModuleType
 from typing import Protocol, Self
 
 from engine import channel
-from engine.environment import engine_environment
 from engine.errors import (
     EngineClosedError,
     EngineDeadError,
@@ -49,9 +43,8 @@ from engine.messages import (
     StepOutputs,
     ToEngine,
 )
+from engine.spawn import JOIN_SECONDS, end, spawn
 
-JOIN_SECONDS = 5.0
-"""How long an engine told to stop may take before it is killed."""
 REAP_SECONDS = 1.0
 """How long its requests wait for a dead engine's exit code: nobody is the wiser for it."""
 
@@ -217,7 +210,6 @@ class ProcessEngineClient(_QueueClient):
         super().__init__(info, self._outbox.put)
         self.process = process
         self._connection = connection
-        atexit.register(process.kill)  # else multiprocessing waits at exit for a process that ignores SIGTERM
         self._threads = [
             threading.Thread(target=target, daemon=True, name=f"engine{target.__name__}")
             for target in (self._read, self._write)
@@ -228,25 +220,20 @@ class ProcessEngineClient(_QueueClient):
     @classmethod
     async def start(cls, args: EngineArgs) -> Self:
         """Spawn the process and wait until it is ready. Raises EngineStartError."""
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_child, args=(args, theirs), name="tympan-engine", daemon=True)
-        with _nameless_main(), engine_environment(args.device):
-            process.start()
-        theirs.close()
+        process, ours = spawn("engine.process", "tympan-engine", args.device, args)
         try:
             first = await asyncio.to_thread(channel.receive, ours)
         except (EOFError, OSError):
-            process.join(JOIN_SECONDS)
+            await asyncio.to_thread(end, process)
             raise EngineStartError(
                 f"the engine process ended while starting (exit code {process.exitcode})"
             ) from None
         except asyncio.CancelledError:
             process.kill()
-            process.join(REAP_SECONDS)
+            end(process, REAP_SECONDS)
             raise
         if isinstance(first, EngineFailed):
-            process.join(JOIN_SECONDS)
+            await asyncio.to_thread(end, process)
             raise EngineStartError(first.reason)
         return cls(process, ours, first)
 
@@ -260,14 +247,10 @@ class ProcessEngineClient(_QueueClient):
         self._fail("the server is shutting down", EngineClosedError)
         self._outbox.put(Shutdown())
         self._outbox.put(None)
-        await asyncio.to_thread(self.process.join, JOIN_SECONDS)
-        if self.process.is_alive():
-            self.process.kill()
-            await asyncio.to_thread(self.process.join)
+        await asyncio.to_thread(end, self.process)
         for thread in self._threads:
             await asyncio.to_thread(thread.join, JOIN_SECONDS)
         self._connection.close()
-        atexit.unregister(self.process.kill)
 
     def _read(self) -> None:
         try:
@@ -305,6 +288,8 @@ class InlineEngineClient(_QueueClient):
                 loop_module.run_loop(core, inbox, lambda message: client._call(client._receive, message))
             except Exception as error:
                 client._call(client._fail, f"{type(error).__name__}: {error}")
+            finally:
+                core.close()
 
         client._thread = threading.Thread(target=serve, daemon=True, name="engine")
         client._thread.start()
@@ -316,22 +301,3 @@ class InlineEngineClient(_QueueClient):
         self._send(Shutdown())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
-
-
-@contextmanager
-def _nameless_main() -> Iterator[None]:
-    """A child that is spawned meanwhile leaves the program's main module alone.
-
-    Else it would run it once more, and a script without a `__main__` guard would start engines without end.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _child(args: EngineArgs, connection: Connection) -> None:
-    """Runs in the new process, where importing torch is right."""
-    importlib.import_module("engine.process").main(args, connection)

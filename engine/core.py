@@ -11,19 +11,19 @@ from __future__ import annotations
 import logging
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from engine.answer import SampledToken
 from engine.block_manager import BlockManager
-from engine.device import resolve_device, resolve_dtype, resolve_token_budget
+from engine.cuda_graphs import graph_capture
+from engine.device import resolve_device
 from engine.encoder_cache import EncoderCache
-from engine.errors import EngineStartError, RequestError
+from engine.errors import EngineStartError, RankError, RequestError
 from engine.guidance import Guidance
-from engine.memory import max_kept_blocks, num_kv_blocks
+from engine.loading import LoadedRank, load_rank, start_errors
+from engine.memory import max_kept_blocks, out_of_memory_means
 from engine.messages import (
     EngineArgs,
     EngineInfo,
@@ -41,7 +41,7 @@ from engine.prompt_lookup import PromptLookup
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus, choice_seed
 from engine.speculation import Speculation
-from model.attention import select_backend
+from engine.workers import OnFailure, Workers
 from model.config import (
     MAX_AUDIO_SAMPLES,
     MAX_MEL_FRAMES,
@@ -49,10 +49,8 @@ from model.config import (
     Qwen2AudioConfig,
     num_audio_tokens,
 )
-from model.cpu import compile_kernels, prepare_for_cpu
-from model.dummy import load_dummy
-from model.errors import ModelError
-from model.loader import Progress, load_model
+from model.loader import Progress
+from model.parallel import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +78,25 @@ class EngineCore:
         """In a row, without a sequence that could be computed."""
 
     @classmethod
-    def build(cls, args: EngineArgs, progress: Progress | None = None) -> EngineCore:
-        """Load the checkpoint and take the memory. Raises EngineStartError that says what to mend."""
-        try:
-            return _build(args, progress)
-        except ModelError as error:
-            raise EngineStartError(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            raise EngineStartError(
-                "out of memory while loading: lower --max-model-len, --max-num-seqs or --gpu-memory-utilization"
-            ) from error
+    def build(
+        cls, args: EngineArgs, progress: Progress | None = None, on_failure: OnFailure | None = None
+    ) -> EngineCore:
+        """Load the checkpoint and take the memory, on all ranks. Raises EngineStartError that says what to mend.
+
+        on_failure: what to do when another rank fails later.
+        """
+        with start_errors():
+            _check_ranks(args)
+            workers = Workers(args, on_failure)
+            try:
+                return _build(args, workers, progress)
+            except BaseException:
+                workers.kill()
+                raise
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self.runner.workers.close()
 
     @property
     def has_work(self) -> bool:
@@ -201,6 +208,8 @@ class EngineCore:
         return result
 
     def _recover(self, plan: SchedulerOutput, error: Exception) -> StepResult:
+        if isinstance(error, RankError):
+            raise error
         logger.error(
             "a step failed; its %d sequences are computed one at a time", len(plan.scheduled), exc_info=error
         )
@@ -221,6 +230,8 @@ class EngineCore:
             clips = tuple(clip for clip in plan.clips_to_encode if clip.content_hash in hashes)
             try:
                 result = self.runner.execute(SchedulerOutput((item,), clips, plan.evicted_clips))
+            except RankError:
+                raise
             except Exception:
                 logger.exception("one sequence fails alone")
                 error = SampledToken(0, error="the request failed inside the engine")
@@ -277,52 +288,53 @@ def failed(request_id: str, reason: str, index: int = 0) -> EngineOutput:
     return EngineOutput(request_id, index=index, finish_reason=FinishReason.ERROR, error=reason)
 
 
-def _build(args: EngineArgs, progress: Progress | None) -> EngineCore:
+def _build(args: EngineArgs, workers: Workers, progress: Progress | None) -> EngineCore:
     started = time.monotonic()
     folder = Path(args.model_folder)
     config = Qwen2AudioConfig.from_folder(folder)
-    device = resolve_device(args.device)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    overlaps = _overlaps(args, device)
-    dtype, dtype_reason = resolve_dtype(args.dtype, config.dtype, device)
-    backend, attention_reason = select_backend(args.attention_backend, device)
-    token_budget, budget_reason = resolve_token_budget(args.max_num_batched_tokens, device)
-    max_model_len = _context_length(args, config)
-    if args.quantization == "int8" and device.type != "cpu":
-        raise EngineStartError("--quantization int8 is for --device cpu")
-    with ThreadPoolExecutor(1) as compiler:
-        if device.type == "cpu":
-            compiled = compiler.submit(compile_kernels, config.text.head_dim, backend.block_sizes[0], dtype)
-        load = load_dummy if args.load_format == "dummy" else load_model
-        model = load(folder, config, backend, dtype, device, progress)
-    if device.type == "cpu":
-        compiled.result()
-        prepare_for_cpu(model, int8=args.quantization == "int8")
-    block_size = backend.block_sizes[0]
-    num_blocks = num_kv_blocks(replace(args, max_num_batched_tokens=token_budget), model, block_size, max_model_len)
-    info = EngineInfo(
-        max_model_len=max_model_len,
-        vocab_size=config.text.vocab_size,
-        device=_device_name(device),
-        dtype=str(dtype).removeprefix("torch."),
-        dtype_reason=dtype_reason,
-        attention_backend=backend.name,
-        attention_reason=attention_reason,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=token_budget,
-        max_num_batched_tokens_reason=budget_reason,
-        async_scheduling=overlaps,
-        load_seconds=time.monotonic() - started,
-    )
+    overlaps = _overlaps(args, resolve_device(args.device, workers.shard))
+    loaded = load_rank(args, workers.shard, progress)
+    model = loaded.model
+    workers.join(model.device)
+    num_blocks = loaded.num_kv_blocks(args)
     guidance = Guidance(
         folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
     )
-    runner = ModelRunner(model, num_blocks, block_size, args.max_num_seqs, guidance)
-    kept = max_kept_blocks(args, model, block_size, max_model_len)
-    return EngineCore(runner, _scheduler(args, config, info, dtype, kept), info, args.seed)
+    runner, graphs = _runner(args, loaded, num_blocks, guidance, workers)
+    workers.wait_ready()
+    info = EngineInfo(
+        max_model_len=loaded.max_model_len,
+        vocab_size=config.text.vocab_size,
+        device=_device_name(model.device, workers.shard),
+        dtype=str(model.dtype).removeprefix("torch."),
+        dtype_reason=loaded.dtype_reason,
+        attention_backend=model.backend.name,
+        attention_reason=loaded.attention_reason,
+        num_blocks=num_blocks,
+        block_size=loaded.block_size,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=loaded.max_num_batched_tokens,
+        max_num_batched_tokens_reason=loaded.max_num_batched_tokens_reason,
+        async_scheduling=overlaps,
+        cuda_graphs=graphs,
+        kv_cache_dtype=str(model.kv_cache_dtype).removeprefix("torch."),
+        load_seconds=time.monotonic() - started,
+    )
+    kept = max_kept_blocks(args, model, loaded.block_size, loaded.max_model_len)
+    return EngineCore(runner, _scheduler(args, config, info, model.dtype, kept), info, args.seed)
+
+
+def _runner(
+    args: EngineArgs, loaded: LoadedRank, num_blocks: int, guidance: Guidance, workers: Workers
+) -> tuple[ModelRunner, str]:
+    """-> (the runner, what to tell of its CUDA graphs)."""
+    model = loaded.model
+    capture, reason = graph_capture(model, args.enforce_eager)
+    with out_of_memory_means("for the KV cache: lower --gpu-memory-utilization or --kv-cache-memory-bytes"):
+        runner = ModelRunner(model, num_blocks, loaded.block_size, args.max_num_seqs, guidance, workers)
+        if capture is None:
+            return runner, f"off ({reason})" if model.device.type == "cuda" else ""
+        return runner, runner.capture_graphs(capture, args.max_num_seqs, loaded.max_model_len)
 
 
 def _scheduler(
@@ -355,10 +367,18 @@ def _overlaps(args: EngineArgs, device: torch.device) -> bool:
     return args.async_scheduling
 
 
-def _device_name(device: torch.device) -> str:
+def _check_ranks(args: EngineArgs) -> None:
+    """What can be known before processes are started. Raises EngineStartError and ConfigError."""
+    shard = Shard(size=args.tensor_parallel_size)
+    shard.share(Qwen2AudioConfig.from_folder(Path(args.model_folder)).text)
+    resolve_device(args.device, shard)
+
+
+def _device_name(device: torch.device, shard: Shard) -> str:
+    name = f"cpu ({torch.get_num_threads()} threads)"
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.get_num_threads()} threads)"
+        name = torch.cuda.get_device_name(device)
+    return name if shard.size == 1 else f"{shard.size} x {name}"
 
 
 def _speculation(args: EngineArgs, max_model_len: int) -> Speculation:
@@ -368,12 +388,3 @@ def _speculation(args: EngineArgs, max_model_len: int) -> Speculation:
         )
     lookup = PromptLookup(args.prompt_lookup_min, args.prompt_lookup_max)
     return Speculation(lookup, args.num_speculative_tokens, max_model_len)
-
-
-def _context_length(args: EngineArgs, config: Qwen2AudioConfig) -> int:
-    longest = config.text.max_position_embeddings
-    if args.max_model_len is not None and args.max_model_len > longest:
-        raise EngineStartError(
-            f"--max-model-len {args.max_model_len}: the checkpoint was made for {longest} at most"
-        )
-    return args.max_model_len or longest

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineStartError
+from model.parallel import WHOLE, Shard
 
 GPU_TOKEN_BUDGET = 1024
 CPU_TOKEN_BUDGET = 512
@@ -21,12 +22,19 @@ CPU_TOKEN_BUDGET = 512
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cuda` or `cpu` -> a device. Raises EngineStartError when it is not there."""
+def resolve_device(name: str, shard: Shard = WHOLE) -> torch.device:
+    """`auto`, `cuda` or `cpu` -> a device. Raises EngineStartError when it is not there.
+
+    With several ranks, each has a GPU of its own, from now on its process's current one.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise EngineStartError("--device cuda: torch sees no CUDA device here; use --device cpu or mend the driver")
+    if name == "cuda" and shard.size > 1:
+        if shard.size > (visible := torch.cuda.device_count()):
+            raise EngineStartError(f"--tensor-parallel-size {shard.size}: torch sees {visible} CUDA device(s) here")
+        torch.cuda.set_device(shard.rank)
     return torch.device(name)
 
 
@@ -64,6 +72,17 @@ def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = Non
     shared = isinstance(values, np.ndarray) and values.flags.writeable and dtype is None
     tensor = torch.from_numpy(values) if shared else torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def copy_into(target: Tensor, values: np.ndarray) -> None:
+    """Fill a tensor of the device, in stream order, without waiting for what runs there."""
+    source = torch.from_numpy(values)
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What nobody has of the device's memory. 0 on a CPU, where it is not counted."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 class HostCopy:

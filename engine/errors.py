@@ -6,7 +6,8 @@ EngineError
 ├── EngineDeadError    the process: it has failed or ended; every request in flight ends with this
 │   ├── EngineRestartingError   and a new one is about to serve
 │   └── EngineClosedError       because it was told to
-└── EngineStartError   the process could not start; the message tells the operator what to mend
+├── EngineStartError   the process could not start; the message tells the operator what to mend
+└── RankError          a rank of a tensor-parallel engine has failed or is out of step: none of them can go on
 """
 
 
@@ -36,3 +37,7 @@ class TimeLimitError(EngineError):
 
 class EngineStartError(EngineError):
     """The engine could not be built: checkpoint, device or memory. Read by the operator."""
+
+
+class RankError(EngineError):
+    """The ranks compute each step together, so that what ends one of them ends the engine."""

@@ -1,10 +1,12 @@
 """A plan -> the packed arrays of one forward pass. Pure: numpy in, numpy out, no device, no state. Torch-free.
 
-All arrays of a batch are views of one, `packed`, so that one copy brings them to the device.
+All arrays of a batch are views of one, `packed`, so that one copy brings them to the device, and one message to the
+other ranks of a tensor-parallel engine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -32,19 +34,11 @@ class InputBatch:
     """T tokens of B sequences, decodes first."""
 
     packed: Int32Array
-    """token_ids, positions, slot_mapping, seq_lens, query starts [B + 1], block_table, end to end."""
-    token_ids: Int32Array
-    """[T]: 0 where the token is pending."""
-    positions: Int32Array
-    """[T]"""
-    slot_mapping: Int32Array
-    """[T]: block * block_size + offset."""
-    block_table: Int32Array
-    """[B, M]: rows padded with the null block."""
+    """End to end: token_ids [T] (0 where one is pending), positions [T], slot_mapping [T] (block * block_size +
+    offset), seq_lens [B], query starts [B + 1] (the first row of each sequence, and the end), block_table [B, M]
+    (rows padded with the null block)."""
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
-    query_starts: Int32Array
-    """[B + 1]: the first row of each sequence, and the end."""
     num_decodes: int
     first_blocks: tuple[int | None, ...]
     """Of each sequence whose blocks in use are consecutive."""
@@ -53,6 +47,38 @@ class InputBatch:
     pending: tuple[tuple[int, SequenceId], ...]
     """Rows whose token is what the step in flight samples for a sequence."""
     audio_rows: tuple[AudioRows, ...]
+    block_copies: tuple[tuple[int, int], ...]
+    """From block, to block, before the step writes."""
+
+    @property
+    def section_lens(self) -> list[int]:
+        """Lengths of the parts of `packed`."""
+        num_tokens, num_rows = sum(self.query_lens), len(self.query_lens)
+        own = [num_tokens, num_tokens, num_tokens, num_rows, num_rows + 1]
+        return [*own, len(self.packed) - sum(own)]
+
+    @property
+    def sections(self) -> tuple[Int32Array, ...]:
+        """The parts of `packed`, the block table as [B, M]."""
+        *of_rows, block_table = np.split(self.packed, np.cumsum(self.section_lens)[:-1])
+        return (*of_rows, block_table.reshape(len(self.query_lens), -1))
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardStep:
+    """A forward pass, as all ranks are told."""
+
+    batch: InputBatch
+    wanted: tuple[int, ...]
+    """Packed rows whose hidden states are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRows:
+    """Which of the rows that the forward pass before gave have their logits computed, as all ranks are told."""
+
+    places: tuple[int, ...] | None
+    """None: all of them."""
 
 
 def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
@@ -83,19 +109,42 @@ def build_input_batch(plan: SchedulerOutput, block_size: int) -> InputBatch:
     token_ids[:] = _token_ids(items)
     return InputBatch(
         packed=packed,
-        token_ids=token_ids,
-        positions=positions,
-        slot_mapping=slot_mapping,
-        block_table=block_table,
         query_lens=tuple(lens.tolist()),
         seq_lens=tuple(seq_lens.tolist()),
-        query_starts=query_starts,
         num_decodes=int(np.count_nonzero(lens == 1)),
         first_blocks=_first_blocks(block_table, -(-seq_lens // block_size)),
         last_rows=last_rows,
         pending=pending,
         audio_rows=tuple(_audio_rows(items, ends)),
+        block_copies=tuple(item.block_copy for item in items if item.block_copy),
     )
+
+
+def decode_section(num_rows: int) -> int:
+    """Places that `num_rows` numbers take in `pad_decodes`: what follows them begins at a multiple of 16 bytes."""
+    return -(-num_rows // 4) * 4
+
+
+def pad_decodes(batch: InputBatch, num_rows: int, width: int, rows_before: Mapping[SequenceId, int]) -> Int32Array:
+    """A batch of one token for each sequence, padded with rows that are of length 0 and write nothing.
+
+    rows_before: of each sequence with a pending token, its row in the step before. -> token_ids, positions,
+    slot_mapping, seq_lens, and rows of pending tokens (-1: known), each in `decode_section(num_rows)` places; then
+    the block table [num_rows, width]; end to end.
+    """
+    section, num_seqs = decode_section(num_rows), len(batch.query_lens)
+    packed = np.zeros(5 * section + num_rows * width, dtype=np.int32)
+    token_ids, positions, slot_mapping, seq_lens, sources = packed[: 5 * section].reshape(5, section)
+    *of_rows, _, block_table = batch.sections
+    for padded, given in zip((token_ids, positions, slot_mapping, seq_lens), of_rows, strict=True):
+        padded[:num_seqs] = given
+    slot_mapping[num_seqs:] = -1
+    sources[:] = -1
+    for row, sequence_id in batch.pending:
+        sources[row] = rows_before[sequence_id]
+    block_table = block_table[:, :width]  # spare blocks may lie past the longest context
+    packed[5 * section :].reshape(num_rows, width)[:num_seqs, : block_table.shape[1]] = block_table
+    return packed
 
 
 def _ends_pending(item: ScheduledSequence) -> bool:

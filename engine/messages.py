@@ -156,6 +156,9 @@ class EngineInfo:
     load_seconds: float
     async_scheduling: bool = False
     """Whether steps overlap (see engine/core.py)."""
+    cuda_graphs: str = ""
+    """How many there are and what they took, or why there are none. Empty where nobody would look for any."""
+    kv_cache_dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +196,11 @@ class EngineFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RankReady:
+    """A rank to rank 0, twice: its weights are loaded; it serves."""
+
+
 ToEngine = EngineRequest | AbortRequest | Shutdown
 FromEngine = EngineInfo | StepOutputs | EngineFailed
 
@@ -208,7 +216,9 @@ class EngineArgs:
     dtype: str = "auto"
     attention_backend: str = "auto"
     quantization: str | None = None
-    """"int8": see model/linear.py; on a CPU only."""
+    """"int8", on a CPU: see model/linear.py. "fp8", on a GPU: see model/quantization/fp8_linear.py."""
+    kv_cache_dtype: str = "auto"
+    """"fp8" or "fp8_e4m3": see model/kv_scales.py."""
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
     max_num_seqs: int = 64
@@ -231,8 +241,14 @@ class EngineArgs:
 
     None: on CUDA, where the device computes beside the host, if there are no drafts.
     """
+    enforce_eager: bool = False
+    """Launch every kernel of every step: no CUDA graphs."""
     num_threads: int | None = None
-    """CPU threads of the engine; None: all cores."""
+    """CPU threads of the engine, of all its ranks together; None: all cores."""
+    tensor_parallel_size: int = 1
+    """Ranks that share the decoder, each a process with a device of its own (see model/parallel.py)."""
+    rank_timeout_s: float = 30.0
+    """How long a rank waits for another within a step before it gives the engine up."""
     num_speculative_tokens: int = 0
     """Drafts that a decoding sequence may have in a step; 0: no speculative decoding."""
     prompt_lookup_min: int = 2

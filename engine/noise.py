@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
+from model.triton_kernels.noise import GOLDEN, MIX_1, MIX_2
 
 
 def gumbel(seeds: Tensor, steps: Tensor, token_ids: Tensor) -> Tensor:
@@ -20,16 +18,16 @@ def gumbel(seeds: Tensor, steps: Tensor, token_ids: Tensor) -> Tensor:
 
     The argmax of log-probabilities plus this noise is a sample from them.
     """
-    stream = _mix(seeds + _mix(steps + _signed(_GOLDEN)))
-    bits = _mix(stream[:, None] + (token_ids + 1) * _signed(_GOLDEN))
+    stream = _mix(seeds + _mix(steps + _signed(GOLDEN)))
+    bits = _mix(stream[:, None] + (token_ids + 1) * _signed(GOLDEN))
     uniform = (_shift(bits, 12).double() + 0.5) * 2.0**-52  # in (0, 1): with a bit more, the last would round to 1
     return uniform.log_().neg_().log_().neg_().float()
 
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64, whose products wrap."""
-    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
-    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
+    x = (x ^ _shift(x, 30)) * _signed(MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(MIX_2)
     return x ^ _shift(x, 31)
 
 

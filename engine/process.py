@@ -9,55 +9,95 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 from engine import channel
 from engine.core import EngineCore
 from engine.device import resolve_device
-from engine.errors import EngineStartError
+from engine.errors import EngineStartError, RankError
 from engine.loop import Inbox, run_loop
-from engine.messages import EngineArgs, EngineFailed, Shutdown
+from engine.messages import EngineArgs, EngineFailed, FromEngine, Shutdown
 
 CPU_NICENESS = 5
 """On a CPU the engine would take all there is: the HTTP process, which needs little, goes first."""
+
+GIVE_UP_SECONDS = 2.0
+"""How long a message that is just being written may keep the last one from being sent."""
 
 logger = logging.getLogger(__name__)
 
 
 def main(args: EngineArgs, connection: Connection) -> None:
     """Entry point of the child process."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr
-    )
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    configure("engine")
+    outbox = _Outbox(connection)
     try:
         if resolve_device(args.device).type == "cpu":
             _lower_priority()
-        core = EngineCore.build(args, progress=_report)
+        core = EngineCore.build(args, progress=_report, on_failure=outbox.give_up)
     except EngineStartError as error:
-        channel.send(connection, EngineFailed(str(error)))
-        sys.exit(1)
+        outbox.give_up(str(error))
+    settle_memory()
+    inbox: Inbox = Inbox()
+    try:
+        outbox.send(core.info)
+        threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="reader").start()
+        run_loop(core, inbox, outbox.send)
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)  # the parent is gone; other ranks end when this one does
+    except RankError as error:
+        outbox.give_up(str(error))
+    except Exception as error:
+        logger.exception("the engine cannot go on")
+        outbox.give_up(f"{type(error).__name__} in the engine; its log has the details")
+    core.close()
+    os._exit(0)  # nothing is left to be written, and taking torch apart, module by module, brings only warnings
+
+
+class _Outbox:
+    """What is sent to the parent: by the loop, and at the end by whoever finds that the engine cannot go on."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: FromEngine) -> None:
+        """Raises OSError when the parent is gone."""
+        with self._lock:
+            channel.send(self._connection, message)
+
+    def give_up(self, reason: str) -> NoReturn:
+        """From any thread: say why, and end the process with all that it has started."""
+        if self._lock.acquire(timeout=GIVE_UP_SECONDS):
+            with suppress(OSError):
+                channel.send(self._connection, EngineFailed(reason))
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(1)  # other threads may wait for what never comes
+
+
+def configure(name: str) -> None:
+    """Logging and signals of an engine's process."""
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s {name}: %(message)s", stream=sys.stderr
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def settle_memory() -> None:
+    """Once all is loaded that lives as long as the process."""
     gc.collect()
     gc.freeze()  # torch and the model: a full collection would walk them in the middle of a step
     _return_free_memory()
-    channel.send(connection, core.info)
-    inbox: Inbox = Inbox()
-    threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="reader").start()
-    try:
-        run_loop(core, inbox, lambda message: channel.send(connection, message))
-    except (BrokenPipeError, ConnectionResetError):
-        os._exit(0)  # the parent is gone
-    except Exception as error:
-        logger.exception("the engine cannot go on")
-        channel.send(connection, EngineFailed(f"{type(error).__name__} in the engine; its log has the details"))
-        os._exit(1)
-    os._exit(0)  # nothing is left to be written, and taking torch apart, module by module, brings only warnings
 
 
 def _lower_priority() -> None:

@@ -1,18 +1,13 @@
 """Logits -> tokens. Nothing here waits for the device: parameters go there, and `SampledBatch` brings tokens back.
 
 Order of operations, as in transformers: logit bias and stop-token mask, repetition penalty, presence and frequency
-penalties, a grammar's mask, temperature, top-k, top-p, min-p, then a sample by the Gumbel trick. Logprobs are of the
-raw logits.
-
-Rows are told apart on the host by what they need: greedy rows take an argmax; rows with a top-k of at most
-`MAX_PARTIAL` look at that many candidates; rows that need the order of the whole vocabulary (top-p alone) sort it;
-the rest add noise to every logit and take the argmax.
+penalties, a grammar's mask, then the choice (`choice`): temperature, top-k, top-p, min-p, a sample. Logprobs are of
+the raw logits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache, cached_property
 
 import numpy as np
@@ -20,57 +15,17 @@ import torch
 from torch import Tensor
 
 from engine.answer import SampledToken
+from engine.choice import choose
 from engine.device import HostCopy, to_device
 from engine.guidance import TokenMasks
 from engine.messages import SamplingParams, SequenceId, TokenLogprobs
-from engine.noise import gumbel
 from engine.penalties import PenaltyTable
+from engine.row_groups import RowGroup, RowGroups
 from engine.sample_row import SampleRow
 from engine.verification import verify
-
-MAX_PARTIAL = 1024
-"""Candidates beyond which a sort of the whole vocabulary is no dearer than a selection."""
+from model.triton_kernels.sampling import compile_kernels
 
 NOT_A_NUMBER = "the model's output for this request is not a number"
-
-
-class _Rows:
-    """Rows of a batch that are sampled alike, and their parameters on the device."""
-
-    def __init__(self, index: list[int], members: list[SampleRow], device: torch.device) -> None:
-        self.index = to_device(index, device)
-        """int64 [R]"""
-        self.members = members
-        self._columns: dict[str, Tensor] = {}
-
-    def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A parameter of each row. -> [R, 1]."""
-        if name not in self._columns:
-            values = [getattr(row.sampling, name) for row in self.members]
-            self._columns[name] = to_device(values, self.index.device, dtype)[:, None]
-        return self._columns[name]
-
-    @cached_property
-    def seeds(self) -> Tensor:
-        """int64 [R]"""
-        return to_device([row.seed for row in self.members], self.index.device)
-
-
-class _Batch:
-    """Rows that are sampled together. While the same sequences decode it is kept, and nothing is looked up again."""
-
-    def __init__(self, members: list[SampleRow], device: torch.device) -> None:
-        self.members = members
-        self._device = device
-        self._rows: dict[Callable[[SamplingParams], bool], _Rows | None] = {}
-
-    def rows(self, wanted: Callable[[SamplingParams], bool]) -> _Rows | None:
-        """Rows whose sampling parameters satisfy `wanted`, if any."""
-        if wanted not in self._rows:
-            index = [place for place, row in enumerate(self.members) if wanted(row.sampling)]
-            members = [self.members[place] for place in index]
-            self._rows[wanted] = _Rows(index, members, self._device) if index else None
-        return self._rows[wanted]
 
 
 class SampledBatch:
@@ -113,15 +68,18 @@ class Sampler:
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self.penalties = PenaltyTable(max_num_seqs, vocab_size, device)
-        self._batch = _Batch([], device)
+        self._batch = RowGroups([], device)
         """The last one."""
+        if device.type == "cuda":
+            compile_kernels(vocab_size, device)
 
     def sample(self, logits: Tensor, members: list[SampleRow], masks: TokenMasks | None = None) -> SampledBatch:
         """A token for each row, and whether it stands (see verification). logits: float32 [B, V], overwritten."""
         if self._batch.members != members:
-            self._batch = _Batch(members, logits.device)
+            self._batch = RowGroups(members, logits.device)
         batch = self._batch
-        broken = logits.isnan().any(-1)
+        covered = masks or batch.rows(_has_bias)  # -inf may then stand where NaN was
+        broken = logits.isnan().any(-1) if covered else None
         asking = batch.rows(_wants_logprobs)
         raw = logits[asking.index].log_softmax(-1) if asking else None
         _apply_bias(logits, batch)
@@ -131,14 +89,14 @@ class Sampler:
             self._apply_penalties(logits, penalised, table_rows)
         if masks:
             _apply_masks(logits, masks)
-        token_ids = _choose(logits, batch)
+        token_ids, are_nan = choose(logits, batch)
         stands = verify(token_ids, members)
         if penalised:
             self.penalties.count(table_rows, token_ids[penalised.index], stands[penalised.index])
         logprobs = _logprobs(raw, token_ids, asking) if asking and raw is not None else ()
-        return SampledBatch(members, token_ids, stands, broken, logprobs)
+        return SampledBatch(members, token_ids, stands, are_nan if broken is None else broken, logprobs)
 
-    def _apply_penalties(self, logits: Tensor, rows: _Rows, table_rows: Tensor) -> None:
+    def _apply_penalties(self, logits: Tensor, rows: RowGroup, table_rows: Tensor) -> None:
         chosen = logits[rows.index]
         repetition = rows.column("repetition_penalty")
         scaled = torch.where(chosen < 0, chosen * repetition, chosen / repetition)
@@ -160,23 +118,7 @@ def _wants_logprobs(params: SamplingParams) -> bool:
     return params.logprobs is not None
 
 
-def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature == 0.0 or params.top_k == 1
-
-
-def _is_partial(params: SamplingParams) -> bool:
-    return not _is_greedy(params) and 0 < params.top_k <= MAX_PARTIAL
-
-
-def _is_sorted(params: SamplingParams) -> bool:
-    return not _is_greedy(params) and not _is_partial(params) and (params.top_k > 0 or params.top_p < 1.0)
-
-
-def _is_plain(params: SamplingParams) -> bool:
-    return not (_is_greedy(params) or _is_partial(params) or _is_sorted(params))
-
-
-def _apply_bias(logits: Tensor, batch: _Batch) -> None:
+def _apply_bias(logits: Tensor, batch: RowGroups) -> None:
     """Add logit biases, and mask stop tokens of answers that are still too short."""
     if not batch.rows(_has_bias):
         return
@@ -215,44 +157,7 @@ def _barred_bits(device: torch.device) -> Tensor:
     return torch.from_numpy(1 - bits).view(torch.int64)[:, 0].to(device)
 
 
-def _choose(logits: Tensor, batch: _Batch) -> Tensor:
-    """logits: [B, V] -> int64 [B]."""
-    token_ids = logits.argmax(-1)
-    if rows := batch.rows(_is_partial):
-        count = min(max(row.sampling.top_k for row in rows.members), logits.shape[1])
-        values, ids = logits[rows.index].topk(count)
-        token_ids[rows.index] = _sample_candidates(values, ids, rows)
-    if rows := batch.rows(_is_sorted):
-        values, ids = logits[rows.index].sort(descending=True)
-        token_ids[rows.index] = _sample_candidates(values, ids, rows)
-    if rows := batch.rows(_is_plain):
-        values = logits[rows.index] / rows.column("temperature")
-        values.masked_fill_(values < values.amax(-1, keepdim=True) + rows.column("min_p").log(), -math.inf)
-        ids = torch.arange(values.shape[1], device=logits.device)[None]
-        token_ids[rows.index] = (values + _noise(rows, ids)).argmax(-1)
-    return token_ids
-
-
-def _sample_candidates(values: Tensor, ids: Tensor, rows: _Rows) -> Tensor:
-    """Sample from the K best, given best first. values, ids: [R, K] -> int64 [R]."""
-    values = values / rows.column("temperature")
-    rank = torch.arange(values.shape[1], device=values.device)[None]
-    top_k = rows.column("top_k", torch.int64)
-    values = values.masked_fill((rank >= top_k) & (top_k > 0), -math.inf)
-    probabilities = values.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of the better ones; 0 for the best
-    dropped = (before >= rows.column("top_p")) & (rank > 0)
-    dropped |= probabilities < rows.column("min_p") * probabilities[:, :1]
-    best = (values.masked_fill(dropped, -math.inf) + _noise(rows, ids)).argmax(-1, keepdim=True)
-    return ids.gather(1, best)[:, 0]
-
-
-def _noise(rows: _Rows, ids: Tensor) -> Tensor:
-    steps = to_device([row.num_output_tokens for row in rows.members], rows.index.device)
-    return gumbel(rows.seeds, steps, ids)
-
-
-def _logprobs(raw: Tensor, token_ids: Tensor, asking: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+def _logprobs(raw: Tensor, token_ids: Tensor, asking: RowGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Of the sampled tokens, [R], and of the K most likely, values and ids [R, K]. raw: [R, V]."""
     chosen = raw.gather(1, token_ids[asking.index, None])[:, 0]
     values, ids = raw.topk(max(row.sampling.logprobs or 0 for row in asking.members))

@@ -13,61 +13,17 @@ own padding has there. Attention runs within each clip; a padded 30 s path is ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, EncoderMetadata
+from model.clip_pack import PackedClips
 from model.config import AudioConfig, num_conv_frames, num_mel_frames
 from model.linear import Linear
 from model.log_mel import log_mel, log_mel_padded
-
-
-@dataclass(frozen=True, slots=True)
-class PackedClips:
-    """Index tensors of one encoder run, built on the host from the clips' lengths alone."""
-
-    mel: Tensor
-    """float32 [num_mel_bins, S]: the slots."""
-    is_slot_head: Tensor
-    """bool [S]: the frame of zeros that each slot begins with."""
-    frame_index: Tensor
-    """int64 [E]: which outputs of conv2 are real."""
-    positions: Tensor
-    """int64 [E]: 0..C-1 of each clip."""
-    pool_index: Tensor
-    """int64 [A]: the first of the two frames that each audio token averages."""
-    metadata: EncoderMetadata
-    num_tokens: tuple[int, ...]
-    """Audio tokens of each clip; they sum to A."""
-
-
-def pack_clips(clips: Sequence[Tensor], num_mel_bins: int) -> PackedClips:
-    """clips: float32 [S_i] at 16 kHz, all on one device."""
-    device = clips[0].device
-    lens = [num_conv_frames(num_mel_frames(clip.shape[0])) for clip in clips]
-    mel = torch.zeros(num_mel_bins, sum(2 * c + 2 for c in lens), device=device)
-    is_slot_head = torch.zeros(mel.shape[1], dtype=torch.bool)
-    frame_index, pool_index, slot, frame = [], [], 0, 0
-    for clip, c in zip(clips, lens, strict=True):
-        features = log_mel(clip, num_mel_bins)
-        mel[:, slot + 1 : slot + 1 + features.shape[1]] = features
-        is_slot_head[slot] = True
-        frame_index.append(torch.arange(slot // 2, slot // 2 + c))
-        pool_index.append(torch.arange(frame, frame + c - 1, 2))
-        slot, frame = slot + 2 * c + 2, frame + c
-    return PackedClips(
-        mel=mel,
-        is_slot_head=is_slot_head.to(device),
-        frame_index=torch.cat(frame_index).to(device),
-        positions=torch.cat([torch.arange(c) for c in lens]).to(device),
-        pool_index=torch.cat(pool_index).to(device),
-        metadata=EncoderMetadata(lens=tuple(lens)),
-        num_tokens=tuple(c // 2 for c in lens),
-    )
 
 
 class AudioEncoder(nn.Module):
@@ -83,20 +39,24 @@ class AudioEncoder(nn.Module):
         self.layers: Iterable[EncoderLayer] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, clips: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
-        """clips: float32 [S_i] -> hidden [A, C] of all clips in order, and the tokens of each."""
-        pack = pack_clips(clips, self.num_mel_bins)
-        hidden = self.frames(pack)
-        pooled = (hidden[pack.pool_index] + hidden[pack.pool_index + 1]) * 0.5
-        return self.layer_norm(pooled), pack.num_tokens
+    def mel(self, pack: PackedClips) -> Tensor:
+        """What the convolutions see. -> [num_mel_bins, S], in the weights' precision."""
+        num_clips = len(pack.metadata.lens)
+        mel = log_mel(pack.signal, pack.frame_of_column, pack.clip_of_column, num_clips, self.num_mel_bins)
+        return mel.masked_fill_(pack.is_blank.bool(), 0.0).to(self.conv1.weight.dtype)
 
-    def frames(self, pack: PackedClips) -> Tensor:
-        """Hidden states before pooling, 50 a second. -> [E, C]."""
-        dtype = self.conv1.weight.dtype
-        x = F.gelu(self.conv1(pack.mel.to(dtype)[None]))
-        x = x.masked_fill(pack.is_slot_head, 0.0)  # not a product: a broken clip's NaN would survive it
+    def forward(self, mel: Tensor, pack: PackedClips) -> Tensor:
+        """mel: [num_mel_bins, S] -> hidden [A, C] of all clips in order."""
+        hidden = self.frames(mel, pack)
+        first, second = hidden.index_select(0, pack.pool_index), hidden.index_select(0, pack.pool_index + 1)
+        return self.layer_norm((first + second) * 0.5)
+
+    def frames(self, mel: Tensor, pack: PackedClips) -> Tensor:
+        """Hidden states before pooling, 50 a second. mel: [num_mel_bins, S] -> [E, C]."""
+        x = F.gelu(self.conv1(mel[None]))
+        x = x.masked_fill(pack.is_blank.bool(), 0.0)  # not a product: a broken clip's NaN would survive it
         x = F.gelu(self.conv2(x))[0].T  # [S/2, C]: conv2 has no padding of its own, the slots bring it
-        hidden = x[pack.frame_index] + self.embed_positions.weight[pack.positions]
+        hidden = x.index_select(0, pack.frame_index) + self.embed_positions(pack.positions)
         for layer in self.layers:
             hidden = layer(hidden, pack.metadata)
         return hidden

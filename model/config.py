@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import ConfigError
+from model.quantization.scheme import QuantizationScheme, parse_quantization
 
 SAMPLE_RATE = 16_000
 """Hz. The feature extractor's only rate."""
@@ -110,6 +111,7 @@ class Qwen2AudioConfig:
     text: TextConfig = field(default_factory=TextConfig)
     audio_token_id: int = 151646
     dtype: str = "bfloat16"
+    quantization: QuantizationScheme | None = None
 
     @property
     def frame_cost(self) -> float:
@@ -140,6 +142,7 @@ class Qwen2AudioConfig:
             text=_text_config(text, tied=bool(raw.get("tie_word_embeddings", False))),
             audio_token_id=raw.get("audio_token_index", raw.get("audio_token_id", 151646)),
             dtype=dtype or "float32",
+            quantization=parse_quantization(raw.get("quantization_config") or text.get("quantization_config")),
         )
 
     @classmethod

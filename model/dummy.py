@@ -15,6 +15,7 @@ from torch import nn
 
 from model.attention.base import AttentionBackend
 from model.config import GenerationConfig, Qwen2AudioConfig
+from model.kv_scales import set_kv_scales
 from model.loader import Progress
 from model.qwen2_audio import Qwen2Audio
 
@@ -33,6 +34,8 @@ def load_dummy(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    fp8_kv: bool = False,
 ) -> Qwen2Audio:
     """A model as `model.loader.load_model` gives it, but for the values of its weights."""
     logger.warning("the weights are random (--load-format dummy): answers mean nothing")
@@ -49,6 +52,8 @@ def load_dummy(
             progress(done, len(parameters))
     special = (config.audio_token_id, *GenerationConfig.from_folder(folder).eos_token_ids)
     model.lm_head.weight[min(special) :].mul_(NOT_TEXT)
+    if fp8_kv:
+        set_kv_scales(model.decoder.layers, {})
     return model
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.config import TextConfig
+from model.fp8 import movable
 
 
 def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -23,7 +24,7 @@ def allocate_kv_cache(
     """
     shape = (config.num_hidden_layers, 2, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
     kv_cache = torch.empty(shape, dtype=dtype, device=device)
-    kv_cache[:, :, 0].zero_()
+    movable(kv_cache)[:, :, 0].zero_()
     return kv_cache
 
 
@@ -33,4 +34,5 @@ def copy_blocks(kv_cache: Tensor, pairs: Tensor) -> None:
     Targets differ.
     """
     sources, targets = pairs.unbind(1)
-    kv_cache[:, :, targets] = kv_cache[:, :, sources]
+    blocks = movable(kv_cache)
+    blocks[:, :, targets] = blocks[:, :, sources]

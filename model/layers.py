@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.parallel import Shard
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm: statistics in float32, cast back, then times the weight (Qwen2RMSNorm's order)."""
@@ -22,6 +24,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.kernel: Callable[[Tensor, Tensor, float], Tensor] | None = None
         """Computes the same in one pass, where there is one."""
+        self.add_kernel: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None = None
+        """`after_adding` in one pass, where there is one."""
+
+    def after_adding(self, x: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x: [T, C], addend: [T, C] or nothing -> the sum normalised, and the sum, [T, C] each."""
+        if addend is None:
+            return self(x), x
+        if self.add_kernel is not None:
+            return self.add_kernel(x, addend, self.weight, self.eps)
+        total = x + addend
+        return self(total), total
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, C] -> [T, C]."""
@@ -48,6 +61,23 @@ class SwiGlu(nn.Module):
             return self.kernel(x)
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+
+class VocabEmbedding(nn.Embedding):
+    """Token embeddings, of which each rank has a run of the vocabulary."""
+
+    def __init__(self, vocab_size: int, width: int, shard: Shard) -> None:
+        super().__init__(shard.part(vocab_size), width)
+        self.shard = shard
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids: int32 [T] -> [T, C], on every rank."""
+        if self.shard.size == 1:
+            return super().forward(token_ids)
+        rows = token_ids - self.shard.rank * self.num_embeddings
+        elsewhere = (rows < 0) | (rows >= self.num_embeddings)
+        hidden = super().forward(rows.masked_fill(elsewhere, 0)).masked_fill_(elsewhere[:, None], 0.0)
+        return self.shard.all_reduce(hidden)
 
 
 class RotaryEmbedding(nn.Module):

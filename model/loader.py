@@ -2,14 +2,18 @@
 
 One table maps each published name (the hub's, as written by `save_pretrained` of transformers 4 and 5) to a
 parameter of ours and, where we keep several published tensors as one (`qkv_proj`, `gate_up_proj`), to its rows.
-Weights are read memory-mapped and copied straight into place: the peak is the model plus one tensor.
+Weights are read memory-mapped and copied straight into place: the peak is the model plus one tensor. Quantised ones
+come as the numbers that they stand for (`model.quantization.stored`). A rank of several reads its part of a tensor
+and no more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +21,14 @@ from torch import Tensor
 
 from model.attention.base import AttentionBackend
 from model.config import AudioConfig, Qwen2AudioConfig, TextConfig, read_json
-from model.errors import CheckpointError
+from model.errors import CheckpointError, ConfigError
+from model.kv_scales import set_kv_scales
+from model.linear import Linear
+from model.parallel import WHOLE, Shard
+from model.quantization.int4_linear import Int4Weight
+from model.quantization.packing import GroupedWeight
+from model.quantization.stored import StoredWeights
+from model.quantization.stored import kv_scales as stored_kv_scales
 from model.qwen2_audio import Qwen2Audio
 
 LM_HEAD = "language_model.lm_head.weight"
@@ -35,10 +46,15 @@ class Target:
     parameter: str
     start: int = 0
     rows: int | None = None
+    split: int | None = None
+    """The dimension of the tensor that the ranks divide; None: each reads all of it."""
 
 
 def name_table(config: Qwen2AudioConfig) -> dict[str, Target]:
-    """Published tensor name -> target, for every tensor that a checkpoint of this shape holds."""
+    """Published tensor name -> target, for every tensor that a checkpoint of this shape holds.
+
+    config: its decoder is the rank's, as `Shard.share` gives it.
+    """
     return dict(
         [
             *_decoder_names(config.text),
@@ -56,38 +72,114 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    shard: Shard = WHOLE,
+    *,
+    fp8_kv: bool = False,
+    keep_int4: bool = False,
 ) -> Qwen2Audio:
-    """Build the model and fill it from `folder`. Raises CheckpointError."""
+    """Build a rank's part of the model and fill it from `folder`. Raises CheckpointError and ConfigError.
+
+    fp8_kv: give its layers the scales that make its KV cache one of float8. keep_int4: leave weights of four bits of
+    the decoder packed where the kernels take them; everything else is unpacked.
+    """
+    config = replace(config, text=shard.share(config.text))
     files = _tensor_files(folder)
+    stored = StoredWeights(set(files), config.quantization)
+    if shard.size > 1 and (config.quantization or stored.kv_scale_names):
+        raise ConfigError("a checkpoint that is quantised, or has scales of its keys and values, loads on one rank")
     table = name_table(config)
-    if config.text.tie_word_embeddings and LM_HEAD not in files:
+    has_head = bool(stored.expected([LM_HEAD]) & set(files))
+    if config.text.tie_word_embeddings and not has_head:
         del table[LM_HEAD]
-    _check_names(set(files), set(table))
-    with torch.device("meta"):
-        model = Qwen2Audio(config, backend)
-    if LM_HEAD in files:  # a file that holds its own lm_head is right, whatever its config says of tying
-        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    if LM_HEAD not in files:  # leaving the meta device gave each module a parameter of its own
-        model.lm_head.weight = model.decoder.embed_tokens.weight
-    for layer in model.audio_tower.layers:
-        layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
-    parameters = dict(model.named_parameters())
-    for done, (name, tensor) in enumerate(_read(folder, files), start=1):
-        _copy(name, tensor, table[name], parameters)
+    _check_names(set(files) - stored.kv_scale_names, stored.expected(table))
+    model = _unfilled(config, backend, shard, dtype, device, has_head=has_head)
+    kv_scales: dict[str, Tensor] = {}
+    places = Places(model, keep_int4=keep_int4)
+    own = {name for name, _ in model.named_parameters()}
+    read = _read(folder, files, partial(_part, table=table, own=own, shard=shard))
+    for done, (name, tensor) in enumerate(stored.assemble(read), start=1):
+        if name in stored.kv_scale_names:
+            assert isinstance(tensor, Tensor), "they are stored as they are"
+            kv_scales[name] = tensor
+        else:
+            places.put(name, tensor, table[name])
         if progress is not None:
-            progress(done, len(files))
+            progress(done, len(table) + len(stored.kv_scale_names))
+    places.finish()
+    if fp8_kv:
+        set_kv_scales(model.decoder.layers, stored_kv_scales(kv_scales, config.text))
     return model
 
 
-def _copy(name: str, tensor: Tensor, target: Target, parameters: dict[str, torch.nn.Parameter]) -> None:
-    parameter = parameters[target.parameter]
-    place = parameter if target.rows is None else parameter[target.start : target.start + target.rows]
-    if place.shape != tensor.shape:
-        raise CheckpointError(
-            f"tensor {name} has shape {list(tensor.shape)}; config.json calls for {list(place.shape)}"
-        )
-    place.copy_(tensor)
+def _unfilled(
+    config: Qwen2AudioConfig,
+    backend: AttentionBackend,
+    shard: Shard,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_head: bool,
+) -> Qwen2Audio:
+    """has_head: a checkpoint that holds its own lm_head is right, whatever its config says of tying."""
+    with torch.device("meta"):
+        model = Qwen2Audio(config, backend, shard)
+    if has_head:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    if not has_head:  # leaving the meta device gave each module a parameter of its own
+        model.lm_head.weight = model.decoder.embed_tokens.weight
+    for layer in model.audio_tower.layers if shard.rank == 0 else ():
+        layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero
+    return model
+
+
+class Places:
+    """A model's parameters while they are filled."""
+
+    def __init__(self, model: Qwen2Audio, *, keep_int4: bool) -> None:
+        self._model = model
+        self._keep_int4 = keep_int4
+        self._parameters = dict(model.named_parameters())
+        self._packed: dict[str, dict[int, GroupedWeight]] = {}
+        """By the parameter, then by the first row, what waits for the rest of a fused weight."""
+
+    def put(self, name: str, weight: Tensor | GroupedWeight, target: Target) -> None:
+        """Raises CheckpointError when the shape is not the place's."""
+        place = self._place(target)
+        shape = list(weight.shape if isinstance(weight, Tensor) else reversed(weight.codes.shape))
+        if list(place.shape) != shape:
+            raise CheckpointError(f"tensor {name} has shape {shape}; config.json calls for {list(place.shape)}")
+        if isinstance(weight, Tensor):
+            place.copy_(weight)
+        elif not (self._keep_int4 and target.parameter.startswith("decoder.layers.")):
+            place.copy_(weight.dense())
+        else:
+            parts = self._packed.setdefault(target.parameter, {})
+            parts[target.start] = weight
+            if sum(part.codes.shape[1] for part in parts.values()) == self._parameters[target.parameter].shape[0]:
+                self._fuse(target.parameter, self._packed.pop(target.parameter))
+
+    def finish(self) -> None:
+        """Unpack what has no whole weight to be part of: its neighbours are not quantised."""
+        for parameter, parts in self._packed.items():
+            self._unpack(parameter, parts)
+
+    def _fuse(self, parameter: str, parts: dict[int, GroupedWeight]) -> None:
+        ordered = [parts[start] for start in sorted(parts)]
+        if not Int4Weight.fits(ordered):
+            self._unpack(parameter, parts)
+            return
+        layer = self._model.get_submodule(parameter.removesuffix(".weight"))
+        assert isinstance(layer, Linear)
+        layer.replace_weight(Int4Weight(ordered, self._parameters.pop(parameter).device))
+
+    def _unpack(self, parameter: str, parts: dict[int, GroupedWeight]) -> None:
+        for start, part in parts.items():
+            self._place(Target(parameter, start, part.codes.shape[1])).copy_(part.dense())
+
+    def _place(self, target: Target) -> Tensor:
+        parameter = self._parameters[target.parameter]
+        return parameter if target.rows is None else parameter[target.start : target.start + target.rows]
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
@@ -106,8 +198,28 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), SINGLE_FILE)
 
 
-def _read(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors shard by shard. Raises CheckpointError when index and shard disagree."""
+def _part(file: Any, name: str, *, table: dict[str, Target], own: set[str], shard: Shard) -> Tensor | None:
+    """What a rank, with parameters of its `own`, has of a tensor. None: nothing."""
+    if shard.size == 1:
+        return file.get_tensor(name)
+    target = table[name]
+    if target.parameter not in own:
+        return None
+    piece = file.get_slice(name)
+    shape = piece.get_shape()
+    wanted = [slice(None)] * len(shape)
+    if target.split is not None:
+        if shape[target.split] % shard.size:
+            raise CheckpointError(f"tensor {name} has shape {shape}, which {shard.size} ranks cannot share")
+        part = shape[target.split] // shard.size
+        wanted[target.split] = slice(part * shard.rank, part * (shard.rank + 1))
+    return piece[tuple(wanted)]
+
+
+def _read(
+    folder: Path, files: dict[str, str], part: Callable[[Any, str], Tensor | None]
+) -> Iterator[tuple[str, Tensor]]:
+    """`part` of each tensor, shard by shard. Raises CheckpointError when index and shard disagree."""
     for shard in sorted(set(files.values())):
         wanted = {name for name, file in files.items() if file == shard}
         with _open(folder / shard) as file:
@@ -116,7 +228,8 @@ def _read(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
                 odd = sorted(held ^ wanted)[0]
                 raise CheckpointError(f"{shard} and {INDEX_FILE} disagree about tensor {odd}")
             for name in sorted(wanted):
-                yield name, file.get_tensor(name)
+                if (tensor := part(file, name)) is not None:
+                    yield name, tensor
 
 
 def _open(path: Path) -> safe_open:
@@ -135,27 +248,35 @@ def _check_names(held: set[str], wanted: set[str]) -> None:
             raise CheckpointError(f"tensor {sorted(names)[0]}{more} {problem}")
 
 
+_UNCHANGED = {
+    "self_attn.o_proj": 1,
+    "mlp.down_proj": 1,
+    "input_layernorm": None,
+    "post_attention_layernorm": None,
+}
+"""Of a layer, what keeps its name, and the dimension that the ranks divide."""
+
+
 def _decoder_names(config: TextConfig) -> Iterator[tuple[str, Target]]:
-    yield LM_HEAD, Target("lm_head.weight")
-    yield "language_model.model.embed_tokens.weight", Target("decoder.embed_tokens.weight")
+    yield LM_HEAD, Target("lm_head.weight", split=0)
+    yield "language_model.model.embed_tokens.weight", Target("decoder.embed_tokens.weight", split=0)
     yield "language_model.model.norm.weight", Target("decoder.norm.weight")
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     for index in range(config.num_hidden_layers):
         theirs, ours = f"language_model.model.layers.{index}", f"decoder.layers.{index}"
         for kind in ("weight", "bias"):
             fused = f"{ours}.self_attn.qkv_proj.{kind}"
-            yield f"{theirs}.self_attn.q_proj.{kind}", Target(fused, 0, q)
-            yield f"{theirs}.self_attn.k_proj.{kind}", Target(fused, q, kv)
-            yield f"{theirs}.self_attn.v_proj.{kind}", Target(fused, q + kv, kv)
+            yield f"{theirs}.self_attn.q_proj.{kind}", Target(fused, 0, q, split=0)
+            yield f"{theirs}.self_attn.k_proj.{kind}", Target(fused, q, kv, split=0)
+            yield f"{theirs}.self_attn.v_proj.{kind}", Target(fused, q + kv, kv, split=0)
         fused = f"{ours}.mlp.gate_up_proj.weight"
-        yield f"{theirs}.mlp.gate_proj.weight", Target(fused, 0, config.intermediate_size)
+        yield f"{theirs}.mlp.gate_proj.weight", Target(fused, 0, config.intermediate_size, split=0)
         yield (
             f"{theirs}.mlp.up_proj.weight",
-            Target(fused, config.intermediate_size, config.intermediate_size),
+            Target(fused, config.intermediate_size, config.intermediate_size, split=0),
         )
-        same = ("self_attn.o_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
-        for name in same:
-            yield f"{theirs}.{name}.weight", Target(f"{ours}.{name}.weight")
+        for name, split in _UNCHANGED.items():
+            yield f"{theirs}.{name}.weight", Target(f"{ours}.{name}.weight", split=split)
 
 
 def _encoder_names(config: AudioConfig) -> Iterator[tuple[str, Target]]:

@@ -35,29 +35,35 @@ DYNAMIC_RANGE = 8.0
 """log10 units below the clip's maximum at which the spectrum is clamped."""
 
 
+CPU_FRAMES = 1024
+"""Transformed at once on a CPU: so many stay in a core's cache."""
+
+
 def num_input_frames(num_samples: int) -> int:
     """K: mel frames that the convolutions must see for a clip of `num_samples`."""
     return min(2 * num_conv_frames(num_mel_frames(num_samples)) + 1, MAX_MEL_FRAMES)
 
 
-def log_mel(samples: Tensor, num_mel_bins: int) -> Tensor:
-    """Spectrogram of one clip. samples: float32 [S] at 16 kHz, 1 <= S <= 480,000 -> float32 [num_mel_bins, K]."""
-    num_samples = samples.shape[0]
-    assert 0 < num_samples <= MAX_AUDIO_SAMPLES, "the clip's length is checked before it gets here"
-    frames = num_mel_frames(num_samples)
-    half = N_FFT // 2
-    if frames + 2 > MAX_MEL_FRAMES - 1:
-        # Frame 2999 reaches past sample 480,000, where the reference reflects: only here must we do so too.
-        padded = F.pad(samples, (0, MAX_AUDIO_SAMPLES - num_samples))
-        padded = F.pad(padded[None], (half, half), mode="reflect")[0]
-        frames_seen = MAX_MEL_FRAMES
-    else:
-        # Zeros up to the end of frame F + 1, the last that can see audio.
-        padded = F.pad(samples, (0, HOP_LENGTH * (frames + 1) + half - num_samples))
-        padded = F.pad(padded[None], (half, 0), mode="reflect")[0]
-        frames_seen = frames + 2
-    spectrum = _power_spectrum(padded)[:, :frames_seen]
-    return _log_compress(_mel_filters(num_mel_bins, samples.device).T @ spectrum)[:, : num_input_frames(num_samples)]
+def log_mel(
+    signal: Tensor, frame_of_column: Tensor, clip_of_column: Tensor, num_clips: int, num_mel_bins: int
+) -> Tensor:
+    """Spectrogram of several clips at once, each clamped to its own dynamic range.
+
+    signal: float32, of all clips (clip_pack lays it out); of each column, int32 [S]: the hop at which its frame
+    begins, and its clip. -> float32 [num_mel_bins, S].
+    """
+    device = signal.device
+    frames = signal.unfold(0, N_FFT, HOP_LENGTH)
+    filters = _mel_filters(num_mel_bins, device).T
+    parts = []
+    for places in torch.split(frame_of_column, CPU_FRAMES if device.type == "cpu" else len(frame_of_column)):
+        spectrum = torch.fft.rfft(frames.index_select(0, places).mul_(_window(device))).abs().square()
+        parts.append(filters @ spectrum.T)
+    log = torch.cat(parts, dim=1).clamp_(min=1e-10).log10_()
+    loudest = log.new_full((num_clips,), -torch.inf)
+    loudest = loudest.scatter_reduce(0, clip_of_column.long(), log.amax(0), "amax")
+    floor = (loudest - DYNAMIC_RANGE).index_select(0, clip_of_column)
+    return torch.maximum(log, floor).add_(4.0).div_(4.0)
 
 
 def log_mel_padded(samples: Tensor, num_mel_bins: int) -> Tensor:
@@ -71,7 +77,7 @@ def log_mel_padded(samples: Tensor, num_mel_bins: int) -> Tensor:
 
 def _power_spectrum(padded: Tensor) -> Tensor:
     """padded: [S] -> [NUM_BINS, frames]."""
-    window = torch.hann_window(N_FFT, device=padded.device)
+    window = _window(padded.device)
     spectrum = torch.stft(padded, N_FFT, HOP_LENGTH, window=window, center=False, return_complex=True)
     return spectrum.abs().square()
 
@@ -81,6 +87,12 @@ def _log_compress(mel: Tensor) -> Tensor:
     log = mel.clamp(min=1e-10).log10()
     log = torch.maximum(log, log.max() - DYNAMIC_RANGE)
     return (log + 4.0) / 4.0
+
+
+@lru_cache(maxsize=8)
+def _window(device: torch.device) -> Tensor:
+    """float32 [N_FFT]"""
+    return torch.hann_window(N_FFT, device=device)
 
 
 @lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
 A step of the engine is: `encode_audio` for clips that are new, `embed` for the packed tokens (audio rows are then
 overwritten by the caller's slices of the encoded clips), `forward`, and `compute_logits` for the rows that sample.
+With tensor parallelism each rank holds a part of the decoder, and rank 0 alone the encoder.
 """
 
 from __future__ import annotations
@@ -11,24 +12,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from model import fp8
 from model.attention.base import AttentionBackend, AttentionMetadata
 from model.audio_encoder import AudioEncoder
-from model.config import Qwen2AudioConfig
+from model.clip_pack import PackedClips, Samples, pack_clips
+from model.config import Qwen2AudioConfig, num_audio_tokens
 from model.linear import Linear
+from model.parallel import WHOLE, Shard
 from model.qwen2 import Qwen2Decoder
 
 
 class Qwen2Audio(nn.Module):
     """The whole model. Parameters are uninitialised noise until `model.loader` fills them."""
 
-    def __init__(self, config: Qwen2AudioConfig, backend: AttentionBackend) -> None:
+    def __init__(self, config: Qwen2AudioConfig, backend: AttentionBackend, shard: Shard = WHOLE) -> None:
+        """config: its decoder is the rank's, as `Shard.share` gives it."""
         super().__init__()
         self.config = config
         self.backend = backend
-        self.audio_tower = AudioEncoder(config.audio, backend)
-        self.projector = Linear(config.audio.d_model, config.text.hidden_size)
-        self.decoder = Qwen2Decoder(config.text, backend)
-        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.shard = shard
+        if shard.rank == 0:
+            self.audio_tower = AudioEncoder(config.audio, backend)
+            self.projector = Linear(config.audio.d_model, config.text.hidden_size)
+        self.decoder = Qwen2Decoder(config.text, backend, shard)
+        self.lm_head = Linear(config.text.hidden_size, shard.part(config.text.vocab_size), bias=False)
         if config.text.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
 
@@ -45,15 +52,29 @@ class Qwen2Audio(nn.Module):
     @property
     def kv_cache_dtype(self) -> torch.dtype:
         """Precision of keys and values in the cache."""
+        if self.decoder.layers[0].self_attn.kv_scales is not None:
+            return fp8.DTYPE
         return self.backend.kv_cache_dtype(self.dtype, self.device)
 
-    def encode_audio(self, clips: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Clips to rows of the decoder's input. clips: float32 [S_i] at 16 kHz -> one [A_i, C] each."""
-        hidden, num_tokens = self.audio_tower(clips)
-        return self.projector(hidden).split(num_tokens)
+    def encode_audio(self, clips: Sequence[Samples]) -> tuple[Tensor, ...]:
+        """Clips to rows of the decoder's input, on rank 0.
+
+        clips: float32 [S_i] at 16 kHz, on the host -> one [A_i, C] each.
+        """
+        pack = pack_clips(clips, self.device)
+        rows = self.encode_mel(self.mel(pack), pack)
+        return rows.split_with_sizes([num_audio_tokens(len(clip)) for clip in clips])
+
+    def mel(self, pack: PackedClips) -> Tensor:
+        """Spectrogram of all clips, blanks included. -> [num_mel_bins, S]."""
+        return self.audio_tower.mel(pack)
+
+    def encode_mel(self, mel: Tensor, pack: PackedClips) -> Tensor:
+        """mel: [num_mel_bins, S] -> [A, C]: the rows of all clips, in order."""
+        return self.projector(self.audio_tower(mel, pack))
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """token_ids: int32 [T] -> [T, C]."""
+        """token_ids: int32 [T] -> [T, C], on every rank."""
         return self.decoder.embed_tokens(token_ids)
 
     def forward(
@@ -71,5 +92,5 @@ class Qwen2Audio(nn.Module):
         return self.decoder(hidden, positions, kv, metadata, rows)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [B, C] -> float32 [B, V]."""
-        return self.lm_head(hidden).float()
+        """hidden: [B, C] -> float32 [B, V]; on ranks other than 0 their own columns."""
+        return self.shard.gather_columns(self.lm_head(hidden)).float()

@@ -17,7 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from audio import AudioLimits, AudioLoader, FetchPolicy, MediaFetcher
+from audio import AudioLimits, AudioLoader, FetchPolicy
+from audio.fetch import MediaFetcher
+from audio.local_file import LocalFiles
+from audio.media_cache import MediaCache
 from configs.recipes import transcription_recipe
 from configs.settings import Settings
 from engine.client import EngineClient
@@ -56,6 +59,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loader.warm_up()
         yield
         await loader.aclose()
         serving.grammars.close()
@@ -141,7 +145,13 @@ def _audio_loader(settings: Settings) -> AudioLoader:
         allowed_domains=frozenset(settings.allowed_media_domains),
         allowed_private_hosts=frozenset(settings.allowed_private_media_hosts),
     )
-    return AudioLoader(limits, MediaFetcher(policy, limits))
+    cache = MediaCache(int(settings.media_cache_mb * MIB), num_scopes=len(set(settings.api_key)))
+    folder = settings.allowed_local_media_path
+    return AudioLoader(
+        limits,
+        MediaFetcher(policy, limits, cache=cache),
+        local_files=None if folder is None else LocalFiles(folder, limits),
+    )
 
 
 def _audio_store(settings: Settings) -> AudioStore:

@@ -38,7 +38,7 @@ class AudioUrl(StrictModel):
     """Audio elsewhere."""
 
     url: str
-    """http:, https: or data:."""
+    """http:, https: or data:; file: where the server reads local files."""
 
 
 class InputAudioPart(StrictModel):

@@ -112,7 +112,7 @@ class MediaLoader:
     async def read(self, source: AudioSource, param: str) -> Pcm:
         """Fetch and decode a clip. Raises ApiError that names `param`."""
         try:
-            return await self.loader.load(source)
+            return await self.loader.load(source, self.caller)
         except AudioError as error:
             raise bad_request(error.message, param, error.code) from None
 

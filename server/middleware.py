@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 import time
+import traceback
 import uuid
 from contextlib import suppress
 
@@ -62,6 +63,8 @@ class RequestScope:
             exchange.status = CLIENT_GONE
         except Exception as error:
             await exchange.fail(error, scope)
+            # Frames and failure hold each other, and the body with them, until a collection that may be far off.
+            traceback.clear_frames(error.__traceback__)
         finally:
             self._traffic.num_in_flight -= 1
             duration_ms = 1000 * (time.perf_counter() - started)

@@ -21,7 +21,8 @@ def startup_summary(info: EngineInfo, model: str, address: str) -> str:
             f"  device     {info.device}",
             f"  dtype      {info.dtype} ({info.dtype_reason})",
             f"  attention  {info.attention_backend} ({info.attention_reason})",
-            f"  KV cache   {info.num_blocks} blocks of {info.block_size} tokens: "
+            *((f"  graphs     {info.cuda_graphs}",) if info.cuda_graphs else ()),
+            f"  KV cache   {info.num_blocks} blocks of {info.block_size} tokens in {info.kv_cache_dtype}: "
             f"{num_requests} requests at once with a 30 s clip each",
             f"  steps      of at most {info.max_num_batched_tokens} tokens ({info.max_num_batched_tokens_reason})",
             f"  context    {info.max_model_len} tokens; loaded in {info.load_seconds:.1f} s",

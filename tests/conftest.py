@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -14,6 +15,23 @@ torch.set_num_threads(1)  # the models are tiny, and the machine is shared
 
 # A shell that starts the suite in the background ignores Ctrl-C for it, and so for every process that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A run in Triton's interpreter has to be one from the start: triton asks when it is imported."""
+    if config.getoption("markexpr") == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("tests of kernels in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter")
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test of a Triton kernel runs: in Triton's interpreter, or on a GPU. An ordinary run has neither.
+
+    The interpreter multiplies bfloat16 wrongly without a word: on the CPU, tests use float32 and float16.
+    """
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ TORCH_FREE_ENGINE = {
     "engine.sample_row",
     "engine.scheduler",
     "engine.sequence",
+    "engine.spawn",
     "engine.speculation",
     "engine.supervisor",
 }

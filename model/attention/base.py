@@ -42,7 +42,9 @@ class EncoderMetadata:
     """Clips of one packed encoder run."""
 
     lens: tuple[int, ...]
-    """Encoder frames of each clip, in packed order."""
+    """Encoder frames of each clip, in packed order; upper bounds while a run is captured."""
+    starts: Tensor | None = None
+    """int32 [clips + 1]: where each clip's frames begin, and E; on the device, for backends that read it there."""
 
 
 class AttentionBackend(Protocol):
@@ -51,18 +53,32 @@ class AttentionBackend(Protocol):
     name: str
     block_sizes: tuple[int, ...]
     """Block sizes it supports, the preferred one first."""
+    supports_graphs: bool
+    """Whether what it queues depends on device tensors and on the shapes of a step alone, so that it can be captured
+    and replayed. Host lengths are upper bounds then; rows of length 0 with slot -1 write nothing and give zeros."""
+    supports_fp8_kv: bool
+    """Whether `decode` takes `kv_scales`."""
 
     def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         """The precision in which keys and values are kept for weights of a precision."""
         ...
 
     def decode(
-        self, heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """Turn queries and keys by their positions, write this step's keys and values to the cache, then attend.
 
         heads: [T, H + 2 Hkv, D], the queries, the keys, the values; cos, sin: [T, 1, D / 2];
         kv_layer: [2, N, P, Hkv, D] -> [T, H, D].
+        kv_scales: float32 [2, Hkv], given exactly when the cache is float8_e4m3fn: a key is what is stored times its
+        head's kv_scales[0], a value times kv_scales[1]. What is stored saturates at 448, and NaN stays NaN. A prompt
+        attends to what is stored of it, so that chunks and cached prefixes give the answer of a whole one.
         """
         ...
 

@@ -43,11 +43,17 @@ class CpuBackend(ReferenceBackend):
         return super().kv_cache_dtype(weights, device) if weights == torch.float16 else weights
 
     def decode(
-        self, heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2]; kv_layer: [2, N, P, Hkv, D] -> [T, H, D]."""
-        if heads.dtype == torch.float16:
-            return super().decode(heads, cos, sin, kv_layer, metadata)
+        if heads.dtype == torch.float16 or kv_scales is not None:
+            return super().decode(heads, cos, sin, kv_layer, metadata, kv_scales)
         num_kv_heads = kv_layer.shape[3]
         turned = rotate_and_write(heads, cos, sin, kv_layer, metadata.slot_mapping)
         query, key = torch.split(turned, [turned.shape[1] - num_kv_heads, num_kv_heads], dim=1)

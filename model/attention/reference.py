@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata, EncoderMetadata
+from model.fp8 import movable, to_fp8
 from model.layers import apply_rotary
 
 
@@ -21,6 +22,8 @@ class ReferenceBackend:
 
     name = "reference"
     block_sizes: tuple[int, ...] = (16,)
+    supports_graphs = False
+    supports_fp8_kv = True
 
     def __init__(self) -> None:
         self._scratch: Tensor | None = None
@@ -30,14 +33,36 @@ class ReferenceBackend:
         return torch.float32 if device.type == "cpu" else weights
 
     def decode(
-        self, heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, metadata: AttentionMetadata
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_layer: Tensor,
+        metadata: AttentionMetadata,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2]; kv_layer: [2, N, P, Hkv, D], any dtype -> [T, H, D]."""
         query, key, value = rotate(heads, cos, sin, kv_layer.shape[3])
-        write_kv(key, value, kv_layer, metadata.slot_mapping)
         out = torch.empty_like(query)
+        if kv_scales is not None:
+            write_kv(*quantise_kv(key, value, kv_scales), kv_layer, metadata.slot_mapping)
+            self._attend_quantised(query, kv_layer, metadata, kv_scales, out)
+            return out
+        write_kv(key, value, kv_layer, metadata.slot_mapping)
         self._attend_sequences(query, key, value, kv_layer, metadata, out)
         return out
+
+    def _attend_quantised(
+        self, query: Tensor, kv_layer: Tensor, metadata: AttentionMetadata, kv_scales: Tensor, out: Tensor
+    ) -> None:
+        """Fill `out` from a cache in float8, in float32."""
+        start = 0
+        for row, (query_len, seq_len) in enumerate(zip(metadata.query_lens, metadata.seq_lens, strict=True)):
+            stop = start + query_len
+            stored = self._gather(kv_layer, metadata.block_table[row], seq_len)
+            keys, values = (x.float() * scales[:, None] for x, scales in zip(stored, kv_scales, strict=True))
+            out[start:stop] = self._attend(query[start:stop].float(), keys, values, causal=True)
+            start = stop
 
     def _attend_sequences(
         self,
@@ -90,8 +115,8 @@ class ReferenceBackend:
         if self._scratch is None or self._scratch.numel() < size or self._scratch.dtype != kv_layer.dtype:
             self._scratch = torch.empty(2 * size, dtype=kv_layer.dtype, device=kv_layer.device)
         keys, values = self._scratch[:size].view(2, num_blocks, *kv_layer.shape[2:])
-        torch.index_select(kv_layer[0], 0, blocks[:num_blocks], out=keys)
-        torch.index_select(kv_layer[1], 0, blocks[:num_blocks], out=values)
+        torch.index_select(movable(kv_layer[0]), 0, blocks[:num_blocks], out=movable(keys))
+        torch.index_select(movable(kv_layer[1]), 0, blocks[:num_blocks], out=movable(values))
         return keys.flatten(0, 1)[:length], values.flatten(0, 1)[:length]
 
 
@@ -105,7 +130,13 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int) -> tuple[
 
 def write_kv(key: Tensor, value: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
     """Put this step's keys and values where they belong. key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D]."""
-    slots = kv_layer.flatten(1, 2)
+    slots = movable(kv_layer.flatten(1, 2))
     places = slot_mapping.long()  # index_copy_ takes no int32
-    slots[0].index_copy_(0, places, key.to(slots.dtype))
-    slots[1].index_copy_(0, places, value.to(slots.dtype))
+    slots[0].index_copy_(0, places, movable(key.to(kv_layer.dtype)))
+    slots[1].index_copy_(0, places, movable(value.to(kv_layer.dtype)))
+
+
+def quantise_kv(key: Tensor, value: Tensor, kv_scales: Tensor) -> tuple[Tensor, Tensor]:
+    """key, value: [T, Hkv, D]; kv_scales: float32 [2, Hkv] -> what is stored of them, float8_e4m3fn."""
+    key_scales, value_scales = kv_scales[..., None]
+    return to_fp8(key / key_scales), to_fp8(value / value_scales)

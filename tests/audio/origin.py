@@ -1,6 +1,7 @@
 """A loopback origin that answers with whatever bytes a test scripts, well-formed or not."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -43,9 +44,9 @@ def redirect(location: str) -> bytes:
 
 
 @asynccontextmanager
-async def serving(scripts: dict[str, bytes | Script]) -> AsyncIterator[Origin]:
+async def serving(scripts: dict[str, bytes | Script], tls: ssl.SSLContext | None = None) -> AsyncIterator[Origin]:
     origin = Origin(scripts)
-    server = await asyncio.start_server(origin.handle, "127.0.0.1", 0)
+    server = await asyncio.start_server(origin.handle, "127.0.0.1", 0, ssl=tls)
     origin.port = server.sockets[0].getsockname()[1]
     try:
         yield origin

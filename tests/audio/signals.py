@@ -8,6 +8,9 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+import audio.decode
+from audio import AudioLimits, Pcm
+
 
 def chirp(seconds: float, rate: int, channels: int = 1) -> NDArray[np.float32]:
     """[frames, channels]: a rising tone with a beat, different and partly correlated per channel."""
@@ -17,6 +20,11 @@ def chirp(seconds: float, rate: int, channels: int = 1) -> NDArray[np.float32]:
         for c in range(channels)
     ]
     return np.stack(tones, axis=1).astype(np.float32)
+
+
+def decode(data: bytes, limits: AudioLimits) -> Pcm:
+    """As the decoders do it, but in this process."""
+    return Pcm(audio.decode.decode(io.BytesIO(data), limits))
 
 
 def written(samples: NDArray[Any], rate: int, format: str, subtype: str | None = None) -> bytes:

@@ -6,8 +6,8 @@ import librosa
 import numpy as np
 import pytest
 
-from audio import SAMPLE_RATE, AudioLimits, decode
-from tests.audio.signals import chirp, encoded, written
+from audio import SAMPLE_RATE, AudioLimits
+from tests.audio.signals import chirp, decode, encoded, written
 
 LIMITS = AudioLimits()
 SECONDS = 2.0

@@ -5,10 +5,13 @@ Names resolve through an injected table; only 127.0.0.1 is ever dialled.
 
 import asyncio
 import gzip
+import ssl
 
 import pytest
+import trustme
 
-from audio import AudioError, AudioLimits, FetchPolicy, MediaFetcher
+from audio import AudioError, AudioLimits, FetchPolicy
+from audio.fetch import MediaFetcher
 from tests.audio.origin import redirect, response, serving
 
 LIMITS = AudioLimits(max_clip_bytes=100_000)
@@ -109,6 +112,13 @@ def test_private_exceptions_are_exact(exception):
         "http://good.test/a b",
         "http://good.test/\r\nX: y",
         "http://\tgood.test",
+        "http://good.test/\x7f",
+        "http://good.test\x00/",
+        "http://good.test\\.evil.test/",
+        "http:\\\\good.test/",
+        "http://①②⑦.⓪.⓪.①/",
+        "http://%31%32%37.0.0.1/",
+        "http://good.test%2f@evil.test/",
         "http://good.test:0/",
         "http://good.test:65536/",
         "http://good.test:99999/",
@@ -142,6 +152,19 @@ def test_malformed_links_never_reach_the_network(url):
         "017700000001",
         "0",
         "127。0。0。1",
+        "0.0.0.0",
+        "127.0.0.1.",
+        "0177.1",
+        "0x7f.0x0.0x0.0x1",
+        "[::]",
+        "[0:0:0:0:0:ffff:7f00:0001]",
+        "[::127.0.0.1]",
+        "[::ffff:0:127.0.0.1]",
+        "[64:ff9b::127.0.0.1]",
+        "[64:ff9b::7f00:1]",
+        "[2002:7f00:1::1]",
+        "[fe80::1]",
+        "[fd00::1]",
     ],
 )
 def test_spellings_of_loopback_get_no_packet(host):
@@ -162,6 +185,17 @@ def test_a_name_with_one_inside_address_is_refused():
     outcome, origin = run({}, "http://mixed.test:PORT/", table={"mixed.test": ["8.8.8.8", "127.0.0.1"]})
     assert code_of(outcome) == "media_url_refused"
     assert origin.num_connections == 0
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["169.254.169.254", "::ffff:127.0.0.1", "2002:7f00:1::1", "64:ff9b::7f00:1", "100.64.0.1", "fd00::1", "::1"],
+)
+def test_a_name_for_an_inside_address_is_refused(address):
+    started = asyncio.new_event_loop().time()
+    outcome, _ = run({}, "http://inside.test/", table={"inside.test": [address]})
+    assert code_of(outcome) == "media_url_refused"
+    assert asyncio.new_event_loop().time() - started < 1  # nobody was dialled and waited for
 
 
 def test_unknown_and_inside_names_look_the_same():
@@ -217,13 +251,61 @@ def test_evil_redirects_are_refused(location, code):
     assert origin.num_connections == 1
 
 
+def test_nothing_of_ours_or_the_clients_goes_out():
+    """Not to the first host and not to the next: no credentials, no cookies, not even where we come from."""
+    hop = response(b"", "302 Found", "Location: http://next.test:PORT/b?x=1", "Set-Cookie: a=b; Domain=test")
+    _, origin = run(
+        {"/a": hop, "/b?x=1": response(b"x")},
+        f"http://{GOOD}:PORT/a",
+        table={"next.test": ["127.0.0.1"]},
+        allowed_private_hosts={GOOD, "next.test"},
+    )
+    assert len(origin.requests) == 2
+    for request in origin.requests:
+        names = {line.split(":")[0].lower() for line in request.splitlines()[1:] if line}
+        assert names == {"host", "accept", "accept-encoding", "connection", "user-agent"}
+
+
+def test_a_redirect_with_an_endless_body_is_not_read():
+    num_sent = 0
+
+    async def endless(writer):
+        nonlocal num_sent
+        writer.write(b"HTTP/1.1 302 Found\r\nLocation: /b\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while num_sent < 100_000_000:
+            writer.write(b"2710\r\n" + bytes(10_000) + b"\r\n")
+            await writer.drain()
+            num_sent += 10_000
+
+    body, _ = run({"/a": endless, "/b": response(b"there")}, f"http://{GOOD}:PORT/a")
+    assert body == b"there"
+    assert num_sent < 20_000_000
+
+
 def test_redirect_loops_end():
     outcome, origin = run({"/a": redirect("/a")}, f"http://{GOOD}:PORT/a", max_redirects=2)
     assert code_of(outcome) == "media_fetch_failed"
     assert origin.num_connections == 3
 
 
-@pytest.mark.parametrize("status", ["204 No Content", "206 Partial Content", "304 Not Modified", "302 Found"])
+@pytest.mark.parametrize(
+    "status",
+    [
+        "201 Created",
+        "204 No Content",
+        "206 Partial Content",
+        "300 Multiple Choices",
+        "302 Found",
+        "304 Not Modified",
+        "401 Unauthorized",
+        "407 Proxy Authentication Required",
+        "418 secret",
+        "500 Internal Server Error",
+        "999 secret",
+        "099 secret",
+        "2000 OK",
+    ],
+)
 @pytest.mark.parametrize("body", [b"", b"secret origin words"])
 def test_only_a_plain_200_will_do(status, body):
     outcome, _ = run({"/": response(body, status)}, f"http://{GOOD}:PORT/")
@@ -234,18 +316,38 @@ def test_only_a_plain_200_will_do(status, body):
     "answer",
     [
         response(gzip.compress(b"x" * 1_000), "200 OK", "Content-Encoding: gzip"),
+        response(gzip.compress(bytes(20_000_000)), "200 OK", "Content-Encoding: identity, gzip"),
+        response(b"x", "200 OK", "Content-Encoding: br"),
         response(b"x", "200 OK", "X-Bomb: " + "y" * 2_000_000),
+        response(b"x", "200 OK", *(f"X-{number}: y" for number in range(100_000))),
+        response(b"x", "200 OK", "Content-Length: 5"),
+        response(b"x", "200 OK", "Transfer-Encoding: gzip"),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;" + b"x" * 2_000_000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffffff\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\nx\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5_000 + b"\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000,
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\nConnection: close\r\n\r\nshort",
         b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
         b"secret: not HTTP at all\r\n\r\n",
         b"",
     ],
-    ids=["gzip", "header-bomb", "short", "negative-length", "wordy-length", "not-http", "hang-up"],
+    ids=[
+        *("gzip", "gzip-bomb", "brotli", "header-bomb", "many-headers", "two-lengths", "transfer-gzip"),
+        *("chunk-extension", "chunk-overflow", "negative-chunk", "length-of-5000-digits", "continue", "upgrade"),
+        *("short", "negative-length", "wordy-length", "not-http", "hang-up"),
+    ],
 )
 def test_bad_answers_fail_cleanly(answer):
     outcome, _ = run({"/": answer}, f"http://{GOOD}:PORT/")
     assert code_of(outcome) == "media_fetch_failed"
+
+
+def test_bytes_behind_the_announced_length_are_not_read():
+    body, _ = run({"/": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nsoundHTTP/1.1 200 OK"}, f"http://{GOOD}:PORT/")
+    assert body == b"sound"
 
 
 def test_announced_size_is_refused_before_the_body():
@@ -287,12 +389,79 @@ async def drip(writer):
         await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("script", [slow_body, slow_headers])
+async def slow_informational(writer):
+    for _ in range(100):
+        writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+async def slow_chunks(writer):
+    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    for _ in range(100):
+        writer.write(b"1\r\nx\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("script", [slow_body, slow_headers, slow_chunks, slow_informational])
 def test_dripping_origins_meet_the_total_timeout(script):
     started = asyncio.new_event_loop().time()
     outcome, _ = run({"/": script}, f"http://{GOOD}:PORT/", read_timeout_s=2.0, total_timeout_s=0.4)
     assert code_of(outcome) == "media_fetch_failed"
     assert asyncio.new_event_loop().time() - started < 2
+
+
+def test_an_origin_that_says_nothing_to_a_handshake_is_not_waited_for():
+    async def silent(host, port):
+        return ["127.0.0.1"]
+
+    async def scenario():
+        async def never(reader, writer):
+            await reader.read(1)
+            await asyncio.sleep(3)
+
+        server = await asyncio.start_server(never, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        policy = FetchPolicy(allowed_private_hosts=frozenset({GOOD}), connect_timeout_s=0.2)
+        fetcher = MediaFetcher(policy, LIMITS, resolver=silent)
+        with pytest.raises(AudioError) as caught:
+            await fetcher.fetch(f"https://{GOOD}:{port}/")
+        await fetcher.aclose()
+        server.close()
+        return caught.value.code
+
+    started = asyncio.new_event_loop().time()
+    assert asyncio.run(scenario()) == "media_fetch_failed"
+    assert asyncio.new_event_loop().time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "is_known", "outcome"),
+    [(GOOD, True, b"sound"), ("other.test", True, "media_fetch_failed"), (GOOD, False, "media_fetch_failed")],
+)
+def test_certificates_are_those_of_the_name_and_not_of_the_address(name, is_known, outcome):
+    authority = trustme.CA()
+    ours, theirs = ssl.create_default_context(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(theirs)
+    if is_known:
+        authority.configure_trust(ours)
+    asked_for = []
+    theirs.sni_callback = lambda connection, asked, context: asked_for.append(asked)
+
+    async def scenario():
+        async with serving({"/": response(b"sound")}, theirs) as origin:
+            policy = FetchPolicy(allowed_private_hosts=frozenset({GOOD}))
+            fetcher = MediaFetcher(policy, LIMITS, resolver=TableResolver(), verify=ours)
+            try:
+                return await fetcher.fetch(f"https://{GOOD}:{origin.port}/")
+            except AudioError as error:
+                return code_of(error)
+            finally:
+                await fetcher.aclose()
+
+    assert asyncio.run(scenario()) == outcome
+    assert asked_for == [GOOD]
 
 
 def test_slow_names_meet_the_connect_timeout():

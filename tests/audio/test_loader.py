@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import audio
@@ -19,23 +20,24 @@ from audio import (
     AudioLimits,
     AudioLoader,
     AudioUrl,
+    DecoderLimits,
     FetchPolicy,
     InlineAudio,
-    MediaFetcher,
     Pcm,
-    decode,
 )
+from audio.decoder_pool import DecoderPool
+from audio.fetch import MediaFetcher
 from tests.audio.origin import response, serving
-from tests.audio.signals import chirp, written
+from tests.audio.signals import chirp, decode, written
 
 LIMITS = AudioLimits()
 WAV = written(chirp(0.5, 16_000), 16_000, "WAV", "PCM_16")
 TEXT = base64.b64encode(WAV).decode()
 
 
-def load(*sources, fetcher=None):
+def load(*sources, **options):
     async def scenario():
-        loader = AudioLoader(LIMITS, fetcher)
+        loader = AudioLoader(LIMITS, **options)
         try:
             return await asyncio.gather(*map(loader.load, sources))
         finally:
@@ -101,17 +103,18 @@ def test_event_loop_stays_alive_while_decoding():
 
 def test_workers_are_bounded(monkeypatch):
     running = most_running = 0
+    really_decode = DecoderPool.decode
 
-    def slow_decode(data, limits):
+    def slow_decode(pool, data):
         nonlocal running, most_running
         running += 1
         most_running = max(most_running, running)
         time.sleep(0.02)
         running -= 1
-        return decode(data, limits)
+        return really_decode(pool, data)
 
-    monkeypatch.setattr("audio.loader.decode", slow_decode)
-    assert len(load(*[AudioBytes(WAV)] * 8)) == 8
+    monkeypatch.setattr(DecoderPool, "decode", slow_decode)
+    assert len(load(*[AudioBytes(WAV)] * 8, num_workers=2)) == 8
     assert most_running == 2
 
 
@@ -119,15 +122,18 @@ def test_workers_are_bounded(monkeypatch):
 def test_workers_yield_to_the_event_loop(monkeypatch):
     """Or a long file on a machine with all cores busy would hold up everybody's answers."""
     niceness = []
+    really_decode = DecoderPool.decode
 
-    def recorded(data, limits):
+    def recorded(pool, data):
+        samples = really_decode(pool, data)
         niceness.append(os.getpriority(os.PRIO_PROCESS, 0))
-        return decode(data, limits)
+        niceness.extend(process.nice() for process in psutil.Process().children(recursive=True))
+        return samples
 
-    monkeypatch.setattr("audio.loader.decode", recorded)
-    load(*[AudioBytes(WAV)] * 4)
+    monkeypatch.setattr(DecoderPool, "decode", recorded)
+    load(AudioBytes(WAV))
     ours = os.getpriority(os.PRIO_PROCESS, 0)
-    assert niceness == [min(19, ours + 5)] * 4
+    assert niceness == [min(19, ours + 5)] * 3  # a thread, the host of the decoders, a decoder
 
 
 def test_pcm_is_read_only_and_owns_its_samples():
@@ -153,6 +159,7 @@ def test_pcm_refuses_other_shapes(samples):
         lambda: AudioLimits(max_clip_bytes=0),
         lambda: AudioLimits(max_clip_seconds=float("nan")),
         lambda: AudioLimits(min_sample_rate=9_000, max_sample_rate=8_000),
+        lambda: DecoderLimits(cpu_s=0),
         lambda: FetchPolicy(total_timeout_s=0),
         lambda: FetchPolicy(max_redirects=-1),
         lambda: FetchPolicy(allowed_domains="good.test"),
@@ -173,7 +180,7 @@ def test_public_names_and_imports():
 
 
 def dir_public():
-    modules = {path.stem for path in Path(audio.__file__).parent.glob("*.py")} - {"decode", "segment"}
+    modules = {path.stem for path in Path(audio.__file__).parent.glob("*.py")} - {"segment"}
     return [name for name in vars(audio) if not name.startswith("_") and name not in modules]
 
 

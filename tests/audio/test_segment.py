@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audio import SAMPLE_RATE, AudioError, AudioLimits, decode, decode_blocks, segment
+from audio import SAMPLE_RATE, AudioError, AudioLimits, segment
+from audio.decode import decode_blocks
 from audio.segment import MIN_WINDOW_SAMPLES, Segmenter
-from tests.audio.signals import chirp, encoded, written
+from tests.audio.signals import chirp, decode, encoded, written
 
 LIMITS = AudioLimits()
 WINDOW = 2 * SAMPLE_RATE

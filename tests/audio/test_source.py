@@ -82,3 +82,12 @@ def test_data_url_header_of_hostile_length_is_quick_to_refuse():
 def test_payloads_stay_out_of_logs():
     assert "c2VjcmV0" not in repr(InlineAudio("c2VjcmV0", "wav"))
     assert "token" not in repr(AudioUrl("https://example.com/?token=1"))
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_escapes_across_the_pieces_of_a_long_text(shift):
+    """Long texts are normalised in pieces of a mebibyte."""
+    plain = "A" * (2**20 - 4 + shift) + "+/" * 6 + "A" * 2**20 + "+"
+    plain += "A" * (-len(plain) % 4)
+    escaped = plain.replace("+", "%2B", 3).replace("/", "%2f")
+    assert decode_inline(escaped, AudioLimits()) == base64.b64decode(plain)

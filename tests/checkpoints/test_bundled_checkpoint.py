@@ -79,6 +79,6 @@ def test_transformers_loads_it_and_agrees_with_our_model():
     theirs.model.multi_modal_projector.register_forward_hook(lambda *call: projected.append(call[-1]))
     with torch.inference_mode():
         theirs(**inputs)
-        (rows,) = ours.encode_audio([clip])
+        (rows,) = ours.encode_audio([clip.numpy()])
     assert len(rows) == int((inputs["input_ids"] == ours.config.audio_token_id).sum())
     torch.testing.assert_close(rows, projected[0].flatten(0, -2)[: len(rows)], atol=1e-4, rtol=1e-4)

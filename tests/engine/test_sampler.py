@@ -20,11 +20,12 @@ from transformers import (
 )
 
 from engine.answer import SampledToken
+from engine.choice import MAX_PARTIAL
 from engine.guidance import TokenMasks
 from engine.messages import EngineRequest, SamplingParams, SequenceId
-from engine.noise import _MIX_1, _MIX_2, gumbel
+from engine.noise import MIX_1, MIX_2, gumbel
 from engine.sample_row import SampleRow
-from engine.sampler import MAX_PARTIAL, Sampler
+from engine.sampler import Sampler
 from engine.sequence import Sequence
 
 V = 64
@@ -52,7 +53,7 @@ def logits_of(rows: int = 1, vocab_size: int = V, seed: int = 0, spread: float =
 
 def draw(logits: Tensor, sequences: list[Sequence], sampler: Sampler | None = None) -> list[int]:
     """Token of each row."""
-    sampler = sampler or Sampler(len(sequences), logits.shape[1], torch.device("cpu"))
+    sampler = sampler or Sampler(len(sequences), logits.shape[1], logits.device)
     sampled = sample(sampler, logits, sequences)
     return [sampled[s.sequence_id].token_id for s in sequences]
 
@@ -334,8 +335,8 @@ def unmix(value: int) -> int:
             result = x ^ (result >> count)
         return result
 
-    value = unshift(value, 31) * pow(_MIX_2, -1, 1 << 64) & MASK
-    value = unshift(value, 27) * pow(_MIX_1, -1, 1 << 64) & MASK
+    value = unshift(value, 31) * pow(MIX_2, -1, 1 << 64) & MASK
+    value = unshift(value, 27) * pow(MIX_1, -1, 1 << 64) & MASK
     return unshift(value, 30)
 
 
@@ -352,8 +353,8 @@ def test_noise_is_finite_at_the_ends_of_the_hash(bits: int) -> None:
 
 
 def _mix(x: int) -> int:
-    x = ((x ^ x >> 30) * _MIX_1) & MASK
-    x = ((x ^ x >> 27) * _MIX_2) & MASK
+    x = ((x ^ x >> 30) * MIX_1) & MASK
+    x = ((x ^ x >> 27) * MIX_2) & MASK
     return x ^ x >> 31
 
 

@@ -1,4 +1,4 @@
-"""int8 weights for small batches change no greedy answer of the bundled checkpoint, alone or in a batch."""
+"""Fewer bits change no greedy answer of the bundled checkpoint, alone or in a batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from tests.integration.test_bundled import ASKED, CLIPS, SPEECH, user
 from tympan import LLM
 
 
-def test_int8_gives_the_same_greedy_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fewer_bits", [{"quantization": "int8"}, {"kv_cache_dtype": "fp8"}], ids=str)
+def test_the_greedy_answers_are_the_same(fewer_bits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     asked = [
         [user(*[{"type": "audio", "audio": SPEECH / name}, text(question)][: 1 + bool(question)])]
         for name, question in ASKED
     ]
     expected = [CLIPS[name]["answers"][question] for name, question in ASKED]
-    with LLM(quantization="int8") as llm:
+    with LLM(**fewer_bits) as llm:
         assert [llm.chat([one], progress=False, temperature=0)[0].text for one in asked] == expected
         assert [answer.text for answer in llm.chat(asked, progress=False, temperature=0)] == expected

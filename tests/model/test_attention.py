@@ -2,117 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-from model.attention import AttentionMetadata, EncoderMetadata
+from model.attention import EncoderMetadata
 from model.attention.cpu import MAX_QUERIES, MAX_SCORES, CpuBackend
 from model.attention.reference import ReferenceBackend, rotate, write_kv
 from model.attention.rotate_cpu import rotate_and_write
 from model.layers import RotaryEmbedding
+from tests.model.attention_cases import CASES, HEADS, POOL, Case, D, P, decode, dense, expected, make_step
 
-P = 16
-D = 8
-POOL = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """(query tokens, keys in all) of each sequence of a step, decodes first."""
-
-    name: str
-    rows: tuple[tuple[int, int], ...]
-
-    def __str__(self) -> str:
-        return self.name
-
-
-CASES = [
-    Case("one token", ((1, 1),)),
-    Case("decode at page - 1", ((1, P - 1),)),
-    Case("decode at page", ((1, P),)),
-    Case("decode at page + 1", ((1, P + 1),)),
-    Case("decodes of unequal lengths", ((1, 1), (1, P), (1, 3 * P + 5), (1, P + 1), (1, 2), (1, 100))),
-    Case("whole prompt of page - 1", ((P - 1, P - 1),)),
-    Case("whole prompt of one page", ((P, P),)),
-    Case("whole prompt of page + 1", ((P + 1, P + 1),)),
-    Case("two prompts", ((7, 7), (40, 40))),
-    Case("second chunk on a page edge", ((P, 2 * P),)),
-    Case("second chunk inside a page", ((9, 30),)),
-    Case("last chunk of two tokens", ((2, 70),)),
-    Case("chunk that ends a page", ((5, 2 * P),)),
-    Case("decodes beside chunks", ((1, 33), (1, 16), (1, 1), (20, 52), (2, 2), (17, 17), (3, 64))),
-]
-HEADS = [(4, 4), (4, 2), (6, 1)]
 BACKENDS = [ReferenceBackend, CpuBackend]
 Backend = type[ReferenceBackend]
-
-
-def make_step(case: Case, heads: tuple[int, int], stale: float, in_place: bool = False) -> tuple[Tensor, ...]:
-    """Random queries, keys and values, and a cache whose unused slots hold `stale`.
-
-    Blocks are scattered, or `in_place`: each sequence's are consecutive, and the metadata says so.
-
-    -> query [T, H, D], key, value [T, Hkv, D] of the step, cache [2, N, P, Hkv, D], per-sequence keys and values,
-    and the metadata; the null block holds zeros, as in the engine.
-    """
-    num_heads, num_kv_heads = heads
-    generator = torch.Generator().manual_seed(len(case.rows) * 100 + num_heads)
-    order = (
-        list(range(POOL - 1, 0, -1)) if in_place else (torch.randperm(POOL - 1, generator=generator) + 1).tolist()
-    )
-    cache = torch.full((2, POOL, P, num_kv_heads, D), stale)
-    cache[:, 0] = 0.0
-    tables, slots, queries, new, everything = [], [], [], [], []
-    for num_queries, length in case.rows:
-        table = [order.pop() for _ in range(-(-length // P))]
-        kv = torch.randn(2, length, num_kv_heads, D, generator=generator)
-        slot = torch.tensor([table[i // P] * P + i % P for i in range(length)])
-        past = length - num_queries
-        cache.view(2, POOL * P, num_kv_heads, D)[:, slot[:past]] = kv[:, :past]
-        tables.append(table)
-        slots.append(slot[past:])
-        new.append(kv[:, past:])
-        everything.append(kv)
-        queries.append(torch.randn(num_queries, num_heads, D, generator=generator))
-    block_table = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
-    for row, table in enumerate(tables):
-        block_table[row, : len(table)] = torch.tensor(table)
-    lens = tuple(length for _, length in case.rows)
-    metadata = AttentionMetadata(
-        query_lens=tuple(num for num, _ in case.rows),
-        seq_lens=lens,
-        num_decodes=sum(1 for num, _ in case.rows if num == 1),
-        first_blocks=tuple(table[0] if in_place else None for table in tables),
-        block_table=block_table,
-        slot_mapping=torch.cat(slots).int(),
-        seq_lens_device=torch.tensor(lens, dtype=torch.int32),
-        query_starts=torch.tensor([0, *(num for num, _ in case.rows)]).cumsum(0, dtype=torch.int32),
-    )
-    key, value = torch.cat(new, dim=1)
-    return torch.cat(queries), key, value, cache, everything, metadata
-
-
-def decode(backend: ReferenceBackend, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    """A step at position 0, which turns nothing."""
-    half = query.new_ones(query.shape[0], 1, D // 2)
-    return backend.decode(torch.cat((query, key, value), dim=1), half, torch.zeros_like(half), *rest)
-
-
-def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool = True) -> Tensor:
-    """The oracle. query: [Q, H, D]; key, value: [S, Hkv, D] -> float64 [Q, H, D]."""
-    group = query.shape[1] // key.shape[1]
-    q, k, v = query.double(), *(x.double().repeat_interleave(group, dim=1) for x in (key, value))
-    scores = torch.einsum("qhd,shd->hqs", q, k) / query.shape[2] ** 0.5
-    if causal:
-        num_queries, length = scores.shape[1:]
-        hidden = torch.arange(length)[None] > torch.arange(length - num_queries, length)[:, None]
-        scores = scores.masked_fill(hidden, float("-inf"))
-    return torch.einsum("hqs,shd->qhd", scores.softmax(-1), v)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
@@ -125,19 +26,18 @@ def test_a_step_equals_dense_attention_whatever_lies_in_unused_slots(
 ) -> None:
     query, key, value, cache, everything, metadata = make_step(case, heads, stale, in_place)
     out = decode(backend(), query, key, value, cache, metadata)
-    expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
-    torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out.double(), expected(query, everything, metadata), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_writes_its_keys_and_values_and_nothing_else(case: Case, backend: Backend) -> None:
     query, key, value, cache, _everything, metadata = make_step(case, (4, 2), 7.0)
-    expected = cache.clone()
-    slots = expected.view(2, POOL * P, 2, D)
+    judged = cache.clone()
+    slots = judged.view(2, POOL * P, 2, D)
     slots[0, metadata.slot_mapping], slots[1, metadata.slot_mapping] = key, value
     decode(backend(), query, key, value, cache, metadata)
-    assert torch.equal(cache, expected)
+    assert torch.equal(cache, judged)
 
 
 @pytest.mark.parametrize("kind", BACKENDS, ids=lambda backend: backend.name)
@@ -156,8 +56,7 @@ def test_one_long_sequence_beside_short_ones(backend: Backend) -> None:
     case = Case("long", ((1, 500), (1, 3), (30, 240)))
     query, key, value, cache, everything, metadata = make_step(case, (4, 2), float("nan"))
     out = decode(backend(), query, key, value, cache, metadata)
-    expected = [dense(q, *kv) for q, kv in zip(query.split([1, 1, 30]), everything, strict=True)]
-    torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out.double(), expected(query, everything, metadata), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
@@ -166,16 +65,14 @@ def test_bfloat16_stays_near_the_oracle(backend: Backend) -> None:
     step = (x.bfloat16() for x in (query, key, value))
     cache = cache.to(backend().kv_cache_dtype(torch.bfloat16, torch.device("cpu")))
     out = decode(backend(), *step, cache, metadata)
-    expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.double(), torch.cat(expected), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(out.double(), expected(query, everything, metadata), atol=0.05, rtol=0.05)
 
 
 def test_the_reference_takes_a_bfloat16_cache() -> None:
     query, key, value, cache, everything, metadata = make_step(CASES[-1], (4, 2), 0.0)
     out = decode(ReferenceBackend(), *(x.bfloat16() for x in (query, key, value, cache)), metadata)
-    expected = [dense(q, *kv) for q, kv in zip(query.split(list(metadata.query_lens)), everything, strict=True)]
-    torch.testing.assert_close(out.double(), torch.cat(expected), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(out.double(), expected(query, everything, metadata), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -200,22 +97,21 @@ def test_the_compiled_rotation_rounds_as_the_reference_does(
 def test_threads_and_head_groups_change_no_result(num_threads: int) -> None:
     """One sequence is shared out by heads when there are more threads than sequences."""
     step = make_step(Case("one", ((1, 100),)), (8, 4), float("nan"))
-    expected = dense(step[0], *step[4][0])
+    judged = dense(step[0], *step[4][0])
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         out = decode(CpuBackend(), *step[:4], step[5])
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out.double(), judged, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("length", [MAX_QUERIES, MAX_QUERIES + 1])
 def test_the_kernel_and_torch_agree_where_one_hands_over_to_the_other(length: int) -> None:
     step = make_step(Case("edge", ((1, 9), (length, 90), (40, 40))), (4, 2), float("nan"))
-    expected = [dense(q, *kv) for q, kv in zip(step[0].split([1, length, 40]), step[4], strict=True)]
     out = decode(CpuBackend(), *step[:4], step[5])
-    torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out.double(), expected(step[0], *step[4:]), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -232,8 +128,8 @@ def test_a_broken_sequence_is_not_a_number_and_its_neighbours_are(poison: float)
 def test_the_softmax_holds_for_scores_of_any_size(spread: float) -> None:
     query, key, value, cache, everything, metadata = make_step(CASES[4], (4, 4), 0.0)
     out = decode(CpuBackend(), query * spread, key, value, cache, metadata)
-    expected = [dense(q * spread, *kv) for q, kv in zip(query.split(1), everything, strict=True)]
-    torch.testing.assert_close(out.double(), torch.cat(expected), atol=1e-5 * spread**0.5, rtol=1e-4)
+    judged = expected(query * spread, everything, metadata)
+    torch.testing.assert_close(out.double(), judged, atol=1e-5 * spread**0.5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
@@ -242,8 +138,8 @@ def test_encoder_attention_stays_within_each_clip(backend: Backend) -> None:
     query, key, value = torch.randn(3, sum(lens), 4, D, generator=torch.Generator().manual_seed(0))
     out = backend().encode(query, key, value, EncoderMetadata(lens))
     parts = zip(*(x.split(list(lens)) for x in (query, key, value)), strict=True)
-    expected = torch.cat([dense(q, k, v, causal=False) for q, k, v in parts])
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    judged = torch.cat([dense(q, k, v, causal=False) for q, k, v in parts])
+    torch.testing.assert_close(out.double(), judged, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_frames", [1, 100, 1500])
@@ -252,9 +148,8 @@ def test_clips_in_bfloat16_are_nearly_as_near_to_the_oracle_as_torch_brings_them
     lens = (num_frames, 3)
     query, key, value = torch.randn(3, sum(lens), 4, D, generator=torch.Generator().manual_seed(0)).bfloat16()
     parts = zip(*(x.split(list(lens)) for x in (query, key, value)), strict=True)
-    expected = torch.cat([dense(q, k, v, causal=False) for q, k, v in parts])
+    judged = torch.cat([dense(q, k, v, causal=False) for q, k, v in parts])
     errors = [
-        (backend().encode(query, key, value, EncoderMetadata(lens)).double() - expected).norm()
-        for backend in BACKENDS
+        (backend().encode(query, key, value, EncoderMetadata(lens)).double() - judged).norm() for backend in BACKENDS
     ]
     assert errors[1] < 3 * errors[0]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import numpy as np
 import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
+from model.clip_pack import pack_clips
 from model.config import num_mel_frames
-from model.log_mel import _mel_filters, log_mel, log_mel_padded, num_input_frames
+from model.log_mel import _mel_filters, log_mel_padded, num_input_frames
+from model.log_mel import log_mel as log_mel_of_pack
 from tests.reference import noise
 
 LENGTHS = [1, 159, 160, 161, 320, 321, 400, 479, 480, 481, 960, 961, 4800]
@@ -18,6 +22,19 @@ LENGTHS += [160 * frames - cut for frames in (2997, 2998, 2999, 3000) for cut in
 LENGTHS += [479_520, 479_521]
 
 EXTRACTOR = WhisperFeatureExtractor(feature_size=128)
+
+
+def log_mels(clips: list[torch.Tensor], num_mel_bins: int) -> list[torch.Tensor]:
+    """All clips at once. -> the real columns of each, [num_mel_bins, K]."""
+    pack = pack_clips([clip.numpy() for clip in clips], torch.device("cpu"))
+    columns = log_mel_of_pack(pack.signal, pack.frame_of_column, pack.clip_of_column, len(clips), num_mel_bins)
+    is_real = pack.is_blank == 0
+    return [columns[:, is_real & (pack.clip_of_column == clip)] for clip in range(len(clips))]
+
+
+def log_mel(samples: torch.Tensor, num_mel_bins: int) -> torch.Tensor:
+    (columns,) = log_mels([samples], num_mel_bins)
+    return columns
 
 
 def reference(samples: np.ndarray, num_mel_bins: int = 128) -> torch.Tensor:
@@ -53,6 +70,19 @@ def test_the_convolutions_get_one_frame_past_an_even_count_and_two_past_an_odd_o
     for frames in range(1, 2999):
         assert num_input_frames(160 * frames) == frames + (2 if frames % 2 else 1)
     assert [num_input_frames(160 * frames) for frames in (2998, 2999, 3000)] == [2999, 3000, 3000]
+
+
+def test_clips_that_are_packed_together_are_what_they_are_alone() -> None:
+    """The very same numbers, loud and quiet ones side by side, whatever their order; NaN stays in its clip."""
+    clips = [
+        torch.from_numpy(noise(n, seed=n)) * gain for n, gain in zip(LENGTHS, cycle([1.0, 30.0, 1e-4]), strict=False)
+    ]
+    clips[7][3] = float("nan")
+    for order in (list(range(len(clips))), list(range(len(clips)))[::-1]):
+        for k, together in zip(order, log_mels([clips[k] for k in order], 128), strict=True):
+            alone = log_mel(clips[k], 128)
+            torch.testing.assert_close(together, alone, atol=1e-6, rtol=0, equal_nan=True)
+            assert bool(together.isnan().any()) == (k == 7)
 
 
 def test_silence_is_flat() -> None:

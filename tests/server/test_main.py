@@ -39,14 +39,14 @@ def test_settings_reach_the_engine() -> None:
         device="cpu", dtype="float32", attention_backend="reference", max_model_len=512, max_num_seqs=3,
         max_num_batched_tokens=64, async_scheduling=True, kv_cache_memory_bytes=10**6, gpu_memory_utilization=0.5,
         seed=7, num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=4,
-        long_prefill_token_threshold=77,
+        long_prefill_token_threshold=77, tensor_parallel_size=2, enforce_eager=True,
     )  # fmt: skip
     args = _engine_args(settings, Path("folder"))
     assert args.model_folder == "folder"
     for name in ("device", "dtype", "attention_backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
                  "async_scheduling", "kv_cache_memory_bytes", "gpu_memory_utilization", "seed",
                  "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max",
-                 "long_prefill_token_threshold"):  # fmt: skip
+                 "long_prefill_token_threshold", "tensor_parallel_size", "enforce_eager"):  # fmt: skip
         assert getattr(args, name) == getattr(settings, name)
 
 
@@ -59,4 +59,8 @@ def test_summary_tells_how_much_fits() -> None:
     summary = startup_summary(info, "tiny", "http://127.0.0.1:8000")
     assert "10 requests at once" in summary  # 50 blocks for 750 + 50 tokens
     assert "at most 512 tokens (fake)" in summary
+    assert "graphs" not in summary
+    assert "graphs     11 of decode steps" in startup_summary(
+        replace(info, cuda_graphs="11 of decode steps"), "", ""
+    )
     assert "curl http://127.0.0.1:8000/v1/chat/completions" in summary
