@@ -121,7 +121,7 @@ class PinnedTransport(httpx.AsyncHTTPTransport):
             raise
 
     async def _close_orphans(self) -> None:
-        """httpcore forgets a connection whose request is cancelled just when it has been made: open, and in no use."""
+        """httpcore forgets a connection whose request is cancelled just when it is made: open, and in no use."""
         assert isinstance(self._pool, httpcore.AsyncConnectionPool)
         used = [item.connection for item in self._pool._requests]
         for connection in list(self._pool._connections):
