@@ -49,12 +49,22 @@ class CachedMedia:
 class MediaCache:
     """The answers of all scopes, `max_bytes` together."""
 
-    def __init__(self, max_bytes: int, num_scopes: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        self.share_bytes = max_bytes // max(1, num_scopes)
-        """What one scope may hold."""
+    def __init__(
+        self,
+        max_bytes: int,
+        num_scopes: Callable[[], int] = lambda: 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._num_scopes = num_scopes
         self._clock = clock
         self._scopes: dict[str, OrderedDict[str, CachedMedia]] = {}
         """By scope and URL; the longest unused first."""
+
+    @property
+    def share_bytes(self) -> int:
+        """What one scope may hold now."""
+        return self._max_bytes // max(1, self._num_scopes())
 
     def get(self, scope: str, url: httpx.URL) -> CachedMedia | None:
         """What is kept of a link, fresh or not."""

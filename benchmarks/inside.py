@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import uvicorn
 from fastapi import FastAPI
 
 from configs.settings import Settings
 from engine.client import ProcessEngineClient
 from server.__main__ import start_engine
 from server.app import create_app
+from server.connection import server_config
 from server.lifecycle import DrainingServer, DrainPolicy
 
 POLL_S = 0.05
@@ -100,9 +100,7 @@ async def inside(settings: Settings) -> AsyncIterator[InsideServer]:
         engine, checkpoint = await start_engine(settings)
         try:
             app = create_app(settings, engine, checkpoint)
-            config = uvicorn.Config(
-                app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1
-            )
+            config = server_config(app, host="127.0.0.1", port=0, timeout_graceful_shutdown=1)
             server = DrainingServer(config, app.state.traffic, engine, DrainPolicy(0.0, 1.0))
             serving = asyncio.create_task(server.serve())
             while not server.started:

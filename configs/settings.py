@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, DirectoryPath, Field, NonNegativeInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, DirectoryPath, Field, NonNegativeInt, StringConstraints
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -31,6 +31,16 @@ def _parse_limits(value: object) -> object:
     return dict(pair.strip().split("=", 1) for pair in value.split(",") if "=" in pair) or value
 
 
+def _split_keys(value: object) -> object:
+    """As names, but set and empty is an accident that must not open the server."""
+    keys = _split(value)
+    if isinstance(value, str) and not keys:
+        raise ValueError("it is set, and holds no key")
+    return keys
+
+
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+)$")]
+"""As browsers write it: in lower case, without a path or a final slash."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
@@ -177,11 +187,39 @@ class Settings(BaseModel):
         "server", "127.0.0.1", "address to listen on: this machine only unless set; 0.0.0.0 opens it to the network"
     )
     port: int = _setting("server", 8000, "port to listen on; 0 takes a free one", ge=0, le=65535)
-    api_key: Names = _setting(
+    api_key: Annotated[tuple[str, ...], BeforeValidator(_split_keys)] = _setting(
         "server",
         (),
-        "key that requests must send as a bearer token (repeatable), /health and /ready aside; default: open to all",
+        "key that requests must send as a bearer token (repeatable), /health and /ready aside; other users of this "
+        "machine see it in the list of processes, so better use the environment or --api-key-file; "
+        "default: open to all",
         metavar="KEY",
+    )
+    api_key_file: Annotated[str, Field(min_length=1)] | None = _setting(
+        "server",
+        None,
+        "file with more keys, one a line, # for comments; read again when it changes",
+        metavar="FILE",
+    )
+    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)] = _setting(
+        "server",
+        (),
+        "origins whose web pages may call the server from a browser, as https://app.example; * for all; "
+        "default: none",
+        metavar="ORIGIN",
+    )
+    max_requests_per_minute: int | None = _setting(
+        "server", None, "most requests (POST) of one key in a minute; default: no limit", ge=1
+    )
+    max_audio_seconds_per_minute: float | None = _setting(
+        "server",
+        None,
+        "most audio of one key in a minute, in seconds; longer audio is accepted, and delays what comes after it; "
+        "default: no limit",
+        gt=0,
+    )
+    max_concurrent_requests_per_key: int | None = _setting(
+        "server", None, "most requests (POST) of one key at once; default: no limit", ge=1
     )
     max_body_mb: float = _setting("server", 64, "largest request body, in MiB", gt=0)
     max_num_queued_reqs: int = _setting(
@@ -236,6 +274,9 @@ class Settings(BaseModel):
     max_audio_clip_mb: float = _setting("audio", 25, "largest encoded clip, in MiB", gt=0)
     max_audio_seconds: float = _setting(
         "audio", 600, "longest uploaded clip or audio part of a chat or completion that is decoded, in seconds", gt=0
+    )
+    max_audio_seconds_per_request: float = _setting(
+        "audio", 1200, "most audio in one chat or completion, all its parts together, in seconds", gt=0
     )
     long_audio: Literal["split", "error", "truncate"] = _setting(
         "audio",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
+import logging
 import signal
 import socket
 import sys
@@ -15,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
-
-import uvicorn
 
 from configs.command_line import SettingsError, load_settings
 from configs.settings import Settings
@@ -26,15 +26,15 @@ from engine.messages import EngineArgs
 from engine.supervisor import RestartPolicy, SupervisedEngineClient
 from model.checkpoint import resolve_checkpoint
 from model.errors import ModelError
-from server.app import create_app
+from server.app import api_keys, create_app
+from server.connection import server_config
+from server.heap import give_large_blocks_back
+from server.key_file import KeysError
 from server.lifecycle import LAST_WORDS_SECONDS, DrainPolicy, serve_until_end
 from server.logs import configure_logging
 from server.summary import startup_summary
 
 BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"
-
-KEEP_ALIVE_SECONDS = 75
-"""Of idle connections: longer than proxies and clients keep theirs, who would else run into closed ones."""
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -42,13 +42,20 @@ EXIT_SIGNAL = 128
 """Plus the signal's number, as shells have it."""
 
 
+logger = logging.getLogger(__name__)
+
+
 def main() -> int:
     """Run the server. -> exit status."""
     try:
         settings = load_settings(sys.argv[1:])
-    except SettingsError as error:
+        is_closed = len(api_keys(settings)) > 0  # what is wrong with keys is told before minutes go into loading
+    except (SettingsError, KeysError) as error:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level)
+    give_large_blocks_back()
+    if not is_closed and not _is_loopback(settings.host):
+        logger.warning("open to all who reach %s: set --api-key or --api-key-file", settings.host)
     signal.signal(signal.SIGTERM, _stop_loading)  # until the server has its own handlers
     try:
         return asyncio.run(_run(settings))
@@ -99,17 +106,9 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=LAST_WORDS_SECONDS,
-    )
-    cause = await serve_until_end(
-        app, engine, config, listener, DrainPolicy(settings.drain_grace, settings.shutdown_timeout)
-    )
+    config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)
+    policy = DrainPolicy(settings.drain_grace, settings.shutdown_timeout)
+    cause = await serve_until_end(app, engine, config, listener, policy)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
 
 
@@ -148,6 +147,13 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.bind((host, port))
     listener.set_inheritable(True)
     return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _stop_loading(sig: int, _: FrameType | None) -> NoReturn:

@@ -30,11 +30,14 @@ from server.admission import PromptQueue, Traffic
 from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
+from server.cors import Cors
 from server.errors import to_api_error
+from server.key_file import KeyFile
 from server.media import MediaLoader
 from server.middleware import RequestScope
 from server.openapi import make_document
 from server.prompt import PromptBuilder
+from server.quota import QuotaLimits, Quotas, QuotaScope
 from server.routes import allowed_methods, router
 from server.serving import Serving
 from server.structured import GrammarCompiler
@@ -52,10 +55,13 @@ _END_TOKENS = (_CHAT_END, "<|endoftext|>")
 def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> FastAPI:
     """An application that answers with `engine`, which runs `checkpoint`.
 
-    Raises ConfigError when the checkpoint's tokenizer, template or configuration cannot be used.
+    Raises ConfigError when the checkpoint's tokenizer, template or configuration cannot be used, KeysError for keys
+    that cannot.
     """
-    loader = _audio_loader(settings)
-    serving = _serving(settings, engine, checkpoint, loader)
+    keys = api_keys(settings)
+    loader = _audio_loader(settings, keys)
+    quotas = Quotas(_quota_limits(settings))
+    serving = _serving(settings, engine, checkpoint, _media(settings, loader, keys, quotas))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -71,14 +77,23 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
     app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
-    app.state.openapi = make_document(router.routes, has_keys=bool(settings.api_key))
+    app.state.openapi = make_document(router.routes, has_keys=len(keys) > 0)
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refuse)
-    app.add_middleware(RequestScope, keys=ApiKeys(settings.api_key), traffic=app.state.traffic)
+    if quotas.has_limits:
+        app.add_middleware(QuotaScope, quotas=quotas)
+    app.add_middleware(RequestScope, keys=keys, traffic=app.state.traffic)
+    if settings.allowed_origins:
+        app.add_middleware(Cors, origins=settings.allowed_origins)
     return app
 
 
-def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader: AudioLoader) -> Serving:
+def api_keys(settings: Settings) -> ApiKeys:
+    """The keys that the settings name. Raises KeysError."""
+    return ApiKeys(settings.api_key, KeyFile(Path(settings.api_key_file)) if settings.api_key_file else None)
+
+
+def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, media: MediaLoader) -> Serving:
     tokenizer = Tokenizer.from_folder(checkpoint)
     audio_token_id = Qwen2AudioConfig.from_folder(checkpoint).audio_token_id
     if audio_token_id not in tokenizer.special_ids:
@@ -92,12 +107,7 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, loader:
             audio_token_id=audio_token_id,
             max_model_len=engine.info.max_model_len,
         ),
-        media=MediaLoader(
-            loader,
-            max_clips=settings.max_audio_clips,
-            store=_audio_store(settings),
-            long_audio=settings.long_audio,
-        ),
+        media=media,
         grammars=GrammarCompiler(checkpoint, engine.info.vocab_size),
         defaults=_generation_defaults(settings, checkpoint, tokenizer),
         keep_alive_s=settings.sse_keep_alive_interval or None,
@@ -136,7 +146,7 @@ def _transcriber(settings: Settings, serving: Serving, loader: AudioLoader) -> T
     return Transcriber(serving, loader, limits, Recipe(**transcription_recipe(kind)), window_samples)
 
 
-def _audio_loader(settings: Settings) -> AudioLoader:
+def _audio_loader(settings: Settings, keys: ApiKeys) -> AudioLoader:
     limits = AudioLimits(
         max_clip_bytes=int(settings.max_audio_clip_mb * MIB),
         max_clip_seconds=settings.max_audio_seconds,
@@ -145,7 +155,7 @@ def _audio_loader(settings: Settings) -> AudioLoader:
         allowed_domains=frozenset(settings.allowed_media_domains),
         allowed_private_hosts=frozenset(settings.allowed_private_media_hosts),
     )
-    cache = MediaCache(int(settings.media_cache_mb * MIB), num_scopes=len(set(settings.api_key)))
+    cache = MediaCache(int(settings.media_cache_mb * MIB), num_scopes=keys.__len__)
     folder = settings.allowed_local_media_path
     return AudioLoader(
         limits,
@@ -154,10 +164,29 @@ def _audio_loader(settings: Settings) -> AudioLoader:
     )
 
 
-def _audio_store(settings: Settings) -> AudioStore:
+def _media(settings: Settings, loader: AudioLoader, keys: ApiKeys, quotas: Quotas) -> MediaLoader:
+    return MediaLoader(
+        loader,
+        max_clips=settings.max_audio_clips,
+        store=_audio_store(settings, keys),
+        long_audio=settings.long_audio,
+        max_request_seconds=settings.max_audio_seconds_per_request,
+        quotas=quotas,
+    )
+
+
+def _quota_limits(settings: Settings) -> QuotaLimits:
+    return QuotaLimits(
+        requests_per_minute=settings.max_requests_per_minute,
+        audio_seconds_per_minute=settings.max_audio_seconds_per_minute,
+        concurrent_requests=settings.max_concurrent_requests_per_key,
+    )
+
+
+def _audio_store(settings: Settings, keys: ApiKeys) -> AudioStore:
     """Every key has an equal share."""
     max_bytes = int(settings.max_stored_audio_mb * MIB)
-    return AudioStore(max_bytes, settings.stored_audio_ttl, num_scopes=len(set(settings.api_key)))
+    return AudioStore(max_bytes, settings.stored_audio_ttl, num_scopes=keys.__len__)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -56,16 +56,25 @@ class AudioStore:
     """All uploaded clips of all scopes."""
 
     def __init__(
-        self, max_bytes: int, ttl_s: float, num_scopes: int = 1, clock: Callable[[], float] = time.time
+        self,
+        max_bytes: int,
+        ttl_s: float,
+        num_scopes: Callable[[], int] = lambda: 1,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self.share_bytes = max_bytes // max(1, num_scopes)
-        """What one scope may hold."""
+        self._max_bytes = max_bytes
+        self._num_scopes = num_scopes
         self.ttl_s = ttl_s
         """How long a clip is kept, at most."""
         self._clock = clock
         self._secret = secrets.token_bytes(32)
         self._scopes: dict[str, dict[str, StoredAudio]] = {}
         """By scope and id; the oldest first."""
+
+    @property
+    def share_bytes(self) -> int:
+        """What one scope may hold: less when there are more of them, which takes nothing away that is kept."""
+        return self._max_bytes // max(1, self._num_scopes())
 
     def put(self, scope: str, pcm: Pcm, file_name: str, num_bytes: int, ttl_s: float | None = None) -> StoredAudio:
         """Keep a clip for `ttl_s` seconds, or as long as clips are kept. The same sound again renews it.

@@ -117,7 +117,7 @@ def content_tag(content: object) -> str:
 
 Content = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[list[Part], Field(min_length=1, max_length=MAX_ITEMS), Tag("<parts>")],
+    | Annotated[list[Part], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True), Tag("<parts>")],
     Discriminator(content_tag),
 ]
 

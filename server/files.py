@@ -47,6 +47,7 @@ class FileQuery(StrictModel):
 
 async def create_file(media: MediaLoader, request: Request, max_bytes: int) -> Response:
     """Read, decode and keep a clip. Raises ApiError."""
+    media.quotas.check_audio(media.caller)
     with await read_form(request, max_bytes) as form:
         fields = parse_text_values(FileForm, {name: values[-1] for name, values in form.fields.items()})
         content = await asyncio.to_thread(form.file.content.read)
@@ -55,6 +56,7 @@ async def create_file(media: MediaLoader, request: Request, max_bytes: int) -> R
         message = f"Invalid 'expires_after[seconds]': this server keeps audio for at most {ttl_s:g} s."
         raise bad_request(message, "expires_after[seconds]", "integer_above_max_value")
     pcm = await media.read(AudioBytes(content), "file")
+    media.quotas.charge_audio(media.caller, pcm.duration_s)
     check_audible(pcm.num_samples, "file")
     try:
         audio = media.store.put(media.caller, pcm, form.file.name, len(content), fields.seconds)

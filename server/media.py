@@ -9,8 +9,9 @@ audio package's.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from server.audio_store import AudioStore
 from server.auth import EVERYBODY
 from server.content_parts import AudioPart, AudioUrlPart, InputAudioPart
 from server.errors import ApiError, bad_request
+from server.quota import Quotas
 from server.schema import LongAudio
 
 
@@ -61,6 +63,21 @@ class Recording:
     """Seconds at its end that the model does not hear."""
 
 
+@dataclass(slots=True)
+class _Total:
+    """The audio of one request, counted while it is decoded."""
+
+    most_s: float
+    seconds: float = 0.0
+
+    def add(self, seconds: float, param: str) -> None:
+        """Raises ApiError when it is too much."""
+        self.seconds += seconds
+        if self.seconds > self.most_s:
+            message = f"Too much audio: at most {self.most_s:g} s are accepted in one request, all parts together."
+            raise bad_request(message, param, "too_much_audio")
+
+
 @dataclass(frozen=True, slots=True)
 class MediaLoader:
     """Loads the recordings of requests."""
@@ -72,7 +89,10 @@ class MediaLoader:
     long_audio: LongAudio = "split"
     """For requests that do not say."""
     caller: str = EVERYBODY
-    """Whose uploads the ids in requests mean."""
+    """Whose uploads the ids in requests mean, and who is charged."""
+    max_request_seconds: float = math.inf
+    """Of all parts of a request together."""
+    quotas: Quotas = field(default_factory=Quotas)
 
     def of(self, caller: str) -> MediaLoader:
         """The same loader, for the uploads of `caller`."""
@@ -83,15 +103,20 @@ class MediaLoader:
         if len(refs) > self.max_clips:
             message = f"Too many audio clips: this request has {len(refs)}, at most {self.max_clips} are accepted."
             raise bad_request(message, refs[self.max_clips].param, "too_many_audio_clips")
-        tasks = [asyncio.create_task(self._load(ref, long_audio or self.long_audio)) for ref in refs]
+        if refs:
+            self.quotas.check_audio(self.caller)
+        total = _Total(self.max_request_seconds)
+        tasks = [asyncio.create_task(self._load(ref, long_audio or self.long_audio, total)) for ref in refs]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _load(self, ref: ClipRef, long_audio: LongAudio) -> Recording:
+    async def _load(self, ref: ClipRef, long_audio: LongAudio, total: _Total) -> Recording:
         pcm = self._stored(ref) or await self.read(_source(ref.part), ref.param)
+        self.quotas.charge_audio(self.caller, pcm.duration_s)
+        total.add(pcm.duration_s, ref.param)
         check_audible(pcm.num_samples, ref.param)
         if pcm.num_samples <= MAX_AUDIO_SAMPLES:
             return Recording(ref.param, (Clip.of(pcm),), pcm.duration_s)

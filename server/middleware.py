@@ -1,4 +1,4 @@
-"""Round every request: its id, its API key, its place among those in flight, its log line, and the last resort.
+"""Round every request: its id, its API key, its header's size, its place in flight, its log line, the last resort.
 
 Pure ASGI: a wrapper that buffers responses, or hides disconnects, would break streaming. Every answer carries
 x-request-id, errors included. The log line holds no text, no audio and no query string.
@@ -20,16 +20,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.admission import Traffic
 from server.auth import ApiKeys
-from server.errors import to_api_error
+from server.errors import ApiError, to_api_error
 from server.logs import log_failure
 
 PROBES = ("/health", "/ready")
 """Open to all, and asked every few seconds: not worth a log line. Everything else needs the key."""
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 32 << 20
-"""How long, and how much, a client that has been refused may go on sending, to no end."""
+"""How long, and how much, a refused client may go on sending before the connection closes, as it asked."""
 CLIENT_GONE = 499
 """nginx's status for a client that left; only ever logged."""
+
+MAX_HEADER_BYTES = 32 << 10
+"""Of a request, names, values and URL together."""
+MAX_HEADERS = 100
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -55,7 +59,8 @@ class RequestScope:
         self._traffic.num_in_flight += 1
         try:
             if scope["path"] not in PROBES:
-                scope.setdefault("state", {})["caller"] = self._keys.check(headers.get("authorization"))
+                scope.setdefault("state", {})["caller"] = self._keys.check(headers.getlist("authorization"))
+                check_header_size(scope)
                 self._traffic.check_welcome()
             with self._traffic.place(scope["method"]):
                 await self._app(scope, exchange.receive, exchange.send)
@@ -75,13 +80,24 @@ class RequestScope:
             )
 
 
+def check_header_size(scope: Scope) -> None:
+    """Raise ApiError (431) above the limits. The parser has one too, but not for what comes in one piece."""
+    sizes = [len(name) + len(value) for name, value in scope["headers"]]
+    num_bytes = sum(sizes) + len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    if len(sizes) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES:
+        message = f"The request header is too large: at most {MAX_HEADERS} fields and {MAX_HEADER_BYTES} bytes."
+        raise ApiError(431, message, code="header_too_large", headers={"Connection": "close"})
+
+
 class _Exchange:
     """One request on its way in and its answer on its way out."""
 
     def __init__(self, receive: Receive, send: Send, headers: Headers) -> None:
         self._receive = receive
         self._send = send
-        self._is_body_coming = "content-length" in headers or "transfer-encoding" in headers
+        has_body = "content-length" in headers or "transfer-encoding" in headers
+        self._is_body_coming = has_body and headers.get("connection", "").lower() == "close"
+        """And nobody will read it after the answer (see server/connection.py)."""
         asked_id = headers.get("x-request-id", "")
         self.request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex
         self.status = CLIENT_GONE

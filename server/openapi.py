@@ -26,8 +26,8 @@ Json = dict[str, Any]
 
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
-BODY_STATUSES = (400, 413, 415)
-EVERYWHERE_STATUSES = (500, 503)
+BODY_STATUSES = (400, 408, 413, 415, 429)
+EVERYWHERE_STATUSES = (431, 500, 503)
 API_VERSION = "1"
 DETAILS = "operation"
 """Where a route carries its description."""

@@ -74,7 +74,7 @@ def _list_tag(value: object) -> str:
 
 InputContent = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[list[InputPart], Field(min_length=1, max_length=MAX_ITEMS), Tag("<list>")],
+    | Annotated[list[InputPart], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True), Tag("<list>")],
     Discriminator(_list_tag),
 ]
 
@@ -201,7 +201,7 @@ class ResponsesRequest(GenerationRequest):
 
     input: Annotated[
         Annotated[str, Field(min_length=1), Tag("<string>")]
-        | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS), Tag("<list>")],
+        | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True), Tag("<list>")],
         Discriminator(_list_tag),
     ]
     instructions: str | None = None

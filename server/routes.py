@@ -39,6 +39,7 @@ from server.responses_schema import ResponsesRequest
 from server.schema import ChatRequest, CompletionRequest
 from server.serving import Serving
 from server.tokenization import DetokenizeRequest, TokenizeRequest
+from server.transcriber import Transcriber
 from server.transcription_form import TranscriptionForm, TranslationForm
 from server.transcriptions import transcribe
 
@@ -114,7 +115,7 @@ async def retrieve_model(request: Request, name: str) -> Response:
     return JSONResponse(_model(request, _serving(request).model_name(name)))
 
 
-@router.post("/v1/files", openapi_extra=describe(form=files.FileForm, answer=FileAnswer, errors=(429,)))
+@router.post("/v1/files", openapi_extra=describe(form=files.FileForm, answer=FileAnswer))
 async def create_file(request: Request) -> Response:
     """Upload a clip, to be named by its id in requests."""
     return await files.create_file(_serving(request).media, request, request.app.state.max_body_bytes)
@@ -196,8 +197,11 @@ def allowed_methods(scope: Scope) -> list[str]:
 
 
 async def _transcribe(request: Request, model: type[TranscriptionForm]) -> Response:
+    transcriber: Transcriber = request.app.state.transcriber.of(request.state.caller)
+    media = transcriber.serving.media
+    media.quotas.check_audio(media.caller)
     form = await read_form(request, request.app.state.max_upload_bytes)
-    return await while_connected(request, transcribe(request.app.state.transcriber, form, model))
+    return await while_connected(request, transcribe(transcriber, form, model))
 
 
 def _serving(request: Request) -> Serving:

@@ -134,7 +134,7 @@ class GenerationRequest(StrictModel):
     priority: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """Lower goes first."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """Only requests with the same salt share what is computed of their audio."""
+    """Only a caller's requests with the same salt share what is computed of their audio."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     long_audio: LongAudio | None = None
@@ -235,7 +235,7 @@ class ChatRequest(Rendering, GenerationRequest):
 
     refusals = REFUSED_IN_CHAT
 
-    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS)]
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     max_completion_tokens: Count | None = None
     """Wins over max_tokens, its older name."""
     logprobs: bool | None = None

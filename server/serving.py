@@ -17,6 +17,7 @@ from engine.client import EngineClient
 from engine.messages import AudioClip, EngineRequest, FinishReason
 from model.config import GenerationConfig
 from server.admission import PromptQueue
+from server.auth import cache_salt
 from server.channel import Channel
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import ApiError
@@ -50,8 +51,8 @@ class Serving:
     """What the engine may take for one prompt, waiting included."""
 
     def of(self, caller: str) -> Serving:
-        """The same, for one caller: ids of uploads in requests are this caller's."""
-        return replace(self, media=self.media.of(caller))
+        """The same, for one caller: uploads and whatever is cached are this caller's."""
+        return replace(self, media=self.media.of(caller), grammars=self.grammars.of(caller))
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer with. Raises ApiError when nobody is served under the name asked for."""
@@ -158,6 +159,7 @@ class Serving:
             grammar=grammar,
         )
         show_special = request.skip_special_tokens is False
+        salt = cache_salt(self.media.caller, request.cache_salt)
         return Generation(
             engine=self.engine,
             request=EngineRequest(
@@ -165,12 +167,12 @@ class Serving:
                 prompt_token_ids=prompt.token_ids,
                 sampling=sampling,
                 clips=tuple(
-                    AudioClip(clip.samples, _salted(clip, request.cache_salt), offset, clip.num_tokens)
+                    AudioClip(clip.samples, salted(clip, salt), offset, clip.num_tokens)
                     for clip, offset in zip(clips, prompt.clip_offsets, strict=True)
                 ),
                 n=request.num_choices,
                 priority=request.priority or 0,
-                cache_salt=request.cache_salt,
+                cache_salt=salt,
                 time_limit_s=self.time_limit_s,
             ),
             new_detokenizer=partial(
@@ -188,7 +190,7 @@ class Serving:
         )
 
 
-def _salted(clip: Clip, salt: str | None) -> str:
+def salted(clip: Clip, salt: str | None) -> str:
     """The encoder cache's key for a clip: only requests with the same salt share its embeddings."""
     return clip.content_hash if salt is None else f"{clip.content_hash}:{salt}"
 

@@ -2,8 +2,8 @@
 
 Sources are compiled by a process of its own (server/grammar_worker.py), started when first needed; one that takes
 too long or too much memory ends that process alone, and the next source gets a new one. Answers, refusals too, are
-kept for the sources seen last. Knows nothing of tokens: the grammar that comes back means the same to every
-checkpoint.
+kept for the sources seen last, for the caller who brought them. Knows nothing of tokens: the grammar that comes back
+means the same to every checkpoint.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from server.auth import EVERYBODY
 from server.constraints import StructuredOutputs
 from server.errors import bad_request
 from server.json_schema import check_json_schema
@@ -77,17 +79,16 @@ class GrammarCompiler:
     """Each method raises ApiError, a 400 with `param`, for a source that cannot be honoured."""
 
     def __init__(self, checkpoint: Path, vocab_size: int) -> None:
-        self._command = [
-            sys.executable,
-            "-m",
-            "server.grammar_worker",
-            str(checkpoint.resolve() / "tokenizer.json"),
-            str(vocab_size),
-        ]
+        self._worker = _Worker(str(checkpoint.resolve() / "tokenizer.json"), str(vocab_size))
         self._thread = ThreadPoolExecutor(1, "grammars")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._num_compiled = 0
         self._cache: OrderedDict[bytes, dict[str, str]] = OrderedDict()
+        self._caller = EVERYBODY
+
+    def of(self, caller: str) -> GrammarCompiler:
+        """The same, for one caller, whom the time taken tells nothing of what others have had compiled."""
+        compiler = copy(self)
+        compiler._caller = caller
+        return compiler
 
     async def json_schema(self, schema: dict[str, Any] | bool, param: str) -> str:
         """A grammar of the JSON texts that satisfy a schema, in compact form or with bounded white space."""
@@ -134,7 +135,7 @@ class GrammarCompiler:
 
     def close(self) -> None:
         """End the process. A later source starts a new one."""
-        self._thread.submit(self._stop).result()
+        self._thread.submit(self._worker.stop).result()
 
     async def _run(self, function: Callable[..., str], *arguments: Any) -> str:
         """In a thread of our own, one source after the other: a queue of slow ones must not fill the loop's pool."""
@@ -149,8 +150,8 @@ class GrammarCompiler:
         if len(line) > MAX_SOURCE_CHARS:
             message = f"Invalid '{param}': too large. At most {MAX_SOURCE_CHARS} characters are accepted."
             raise bad_request(message, param, _CODES[kind])
-        key = sha256(line).digest()
-        answer = self._cache.get(key) or self._ask(line)
+        key = sha256(self._caller.encode() + line).digest()
+        answer = self._cache.get(key) or self._worker.ask(line)
         self._cache[key] = answer
         self._cache.move_to_end(key)
         if len(self._cache) > CACHE_SIZE:
@@ -159,7 +160,16 @@ class GrammarCompiler:
             raise bad_request(f"Invalid '{param}': {answer['error']}.", param, _CODES[kind])
         return answer["grammar"]
 
-    def _ask(self, line: bytes) -> dict[str, str]:
+
+class _Worker:
+    """The process, used from one thread."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._command = [sys.executable, "-m", "server.grammar_worker", *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._num_compiled = 0
+
+    def ask(self, line: bytes) -> dict[str, str]:
         """One source to the process and back. A process that ends instead of answering has refused the source."""
         process = self._running()
         assert process.stdin is not None
@@ -173,24 +183,24 @@ class GrammarCompiler:
         if not reply:
             if process.wait() >= 0:
                 raise RuntimeError(f"the compiler of grammars ended with status {process.returncode}")
-            self._stop()  # killed by its own timer, or out of memory
+            self.stop()  # killed by its own timer, or out of memory
             return {"error": TOO_COMPLEX}
         self._num_compiled += 1
         if self._num_compiled % REPLACED_AFTER == 0:
-            self._stop()
+            self.stop()
         answer: dict[str, str] = json.loads(reply)
         return answer
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:  # it ended while idle
-            self._stop()
+            self.stop()
         if self._process is None:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_SOURCES
             )
         return self._process
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         """End the process and close its pipes."""
         if self._process is not None:
             self._process.kill()

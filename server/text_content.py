@@ -43,7 +43,7 @@ _TextParts = list[
 ]
 TextContent = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[_TextParts, Field(min_length=1, max_length=MAX_ITEMS), Tag("<parts>")],
+    | Annotated[_TextParts, Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True), Tag("<parts>")],
     Discriminator(_content_tag),
 ]
 

@@ -32,7 +32,7 @@ class TokenizeRequest(Rendering):
     model: str | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     audio: Annotated[list[AudioInput], Field(max_length=MAX_ITEMS)] | None = None
-    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)] | None = None
     long_audio: LongAudio | None = None
     return_token_strs: bool | None = None
 

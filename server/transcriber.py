@@ -12,7 +12,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import IO
 
@@ -21,13 +21,14 @@ import numpy as np
 from audio import AudioError, AudioLimits, AudioLoader, Pcm
 from engine.messages import AudioClip, EngineRequest, SamplingParams, TokenLogprobs
 from model.config import SAMPLE_RATE
+from server.auth import cache_salt
 from server.channel import Channel
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import bad_request
 from server.generation import Delta, Generation, Usage
 from server.media import Clip, check_audible
 from server.sampling import GREEDY_BELOW, SMALLEST_TOP_P
-from server.serving import Serving
+from server.serving import Serving, salted
 from server.transcript_text import TranscriptText
 from server.transcription_form import TranscriptionForm
 from server.transcription_prompt import Recipe
@@ -82,6 +83,10 @@ class Transcriber:
     """Of a file."""
     recipe: Recipe
     window_samples: int
+
+    def of(self, caller: str) -> Transcriber:
+        """The same, for one caller."""
+        return replace(self, serving=self.serving.of(caller))
 
     def transcription(self, form: TranscriptionForm, file: IO[bytes]) -> Transcription:
         """A transcription not yet begun. Raises ApiError for what the recipe has no place for."""
@@ -146,6 +151,8 @@ class Transcription:
                     raise bad_request(error.message, "file", error.code) from None
                 if pcm is None:
                     return
+                media = transcriber.serving.media
+                media.quotas.charge_audio(media.caller, pcm.duration_s)
                 yield await self._begin(pcm, start)
                 start += pcm.num_samples
 
@@ -193,13 +200,15 @@ class Transcription:
         prompt = self.transcriber.recipe.prompt(serving.prompts, self.form, clip.num_tokens)
         num_prompt_tokens = len(prompt.token_ids)
         (offset,) = prompt.clip_offsets
+        salt = cache_salt(serving.media.caller, None)
         return Generation(
             engine=serving.engine,
             request=EngineRequest(
                 request_id=uuid.uuid4().hex,
                 prompt_token_ids=prompt.token_ids,
                 sampling=self._sampling(serving.engine.info.max_model_len - num_prompt_tokens),
-                clips=(AudioClip(clip.samples, clip.content_hash, offset, clip.num_tokens),),
+                clips=(AudioClip(clip.samples, salted(clip, salt), offset, clip.num_tokens),),
+                cache_salt=salt,
                 time_limit_s=serving.time_limit_s,
             ),
             new_detokenizer=partial(IncrementalDetokenizer, serving.prompts.tokenizer),

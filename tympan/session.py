@@ -37,7 +37,7 @@ async def in_process(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     Raises EngineStartError and ModelError. The engine's process has ended when the context has.
     """
     budget = settings.max_num_batched_tokens or OFFLINE_TOKEN_BUDGET
-    settings = settings.model_copy(update={"api_key": (), "max_num_batched_tokens": budget})
+    settings = settings.model_copy(update={"api_key": (), "api_key_file": None, "max_num_batched_tokens": budget})
     engine, checkpoint = await start_engine(settings)
     try:
         app = create_app(settings, engine, checkpoint)

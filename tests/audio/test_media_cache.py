@@ -31,7 +31,7 @@ def clock():
 
 @pytest.fixture
 def cache(clock):
-    return MediaCache(100_000, num_scopes=1, clock=clock)
+    return MediaCache(100_000, num_scopes=lambda: 1, clock=clock)
 
 
 def fresh_for(cache, clock, headers, url=URL):
@@ -102,7 +102,7 @@ def test_what_is_not_renewed_is_dropped(cache, clock):
 
 
 def test_scopes_are_apart_and_have_equal_shares(clock):
-    cache = MediaCache(100_000, num_scopes=2, clock=clock)
+    cache = MediaCache(100_000, num_scopes=lambda: 2, clock=clock)
     headers = {"cache-control": "max-age=60"}
     cache.put("alice", URL, headers, bytes(30_000))
     assert cache.get("bob", URL) is None

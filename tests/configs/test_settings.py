@@ -58,6 +58,14 @@ def test_lists_and_limits() -> None:
     assert from_environment.max_audio_clips == 2
 
 
+@pytest.mark.parametrize("value", ["", " ", ",", " , "])
+def test_a_variable_for_keys_that_holds_none_is_an_error(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"api-key: .*holds no key"):
+        load_settings([], {"TYMPAN_API_KEY": value})
+    with pytest.raises(SettingsError, match="api-key-file"):
+        load_settings([], {"TYMPAN_API_KEY_FILE": ""})
+
+
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--port", "99999"], "port"),
     (["--port", "http"], "port"),
@@ -67,6 +75,8 @@ def test_lists_and_limits() -> None:
     (["--limit-mm-per-prompt", "many"], "limit-mm-per-prompt"),
     (["--limit-mm-per-prompt", "{"], "limit-mm-per-prompt"),
     (["--config", "missing.yaml"], "missing.yaml"),
+    (["--allowed-origins", "https://a.example/"], "allowed-origins"),
+    (["--allowed-origins", "a.example"], "allowed-origins"),
 ])  # fmt: skip
 def test_wrong_values_are_named(arguments: list[str], named: str) -> None:
     with pytest.raises(SettingsError, match=named) as caught:

@@ -16,7 +16,6 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-import uvicorn
 from openai import OpenAI
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Encoder
@@ -25,6 +24,7 @@ from configs.settings import Settings
 from engine.messages import EngineInfo
 from server.app import create_app
 from server.chat_template import DEFAULT_TEMPLATE
+from server.connection import server_config
 from server.lifecycle import DrainingServer, DrainPolicy
 from server.tokenizer import Tokenizer
 
@@ -136,9 +136,7 @@ class Servers:
             max_model_len = settings.get("max_model_len", info.max_model_len)
             engine = FakeEngineClient(info=replace(info, max_model_len=max_model_len))
             app = create_app(Settings(**settings), engine, self._checkpoint)
-            config = uvicorn.Config(
-                app, port=0, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1
-            )
+            config = server_config(app, port=0, lifespan="on", timeout_graceful_shutdown=1)
             server = DrainingServer(config, app.state.traffic, engine, DrainPolicy(drain_grace_s, drain_timeout_s))
             serving = asyncio.create_task(server.serve())
             while not server.started:

@@ -25,7 +25,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.store = AudioStore(2 * SHARE, 100, num_scopes=2, clock=lambda: self.now)
+        self.store = AudioStore(2 * SHARE, 100, num_scopes=lambda: 2, clock=lambda: self.now)
         self.promised: dict[tuple[str, str], tuple[Pcm, float]] = {}
 
     def _used(self, scope: str, but: str = "") -> int:

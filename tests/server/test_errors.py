@@ -145,7 +145,7 @@ def test_invalid_requests(served: Served, name: str) -> None:
 
 
 @pytest.mark.parametrize("body", [
-    b"", b"{", b"[]", b"null", b'{"messages": "\xff"}', b"[" * 20_000, b'{"a":' * 10_000, b'{"n": 1' + b"0" * 10_000,
+    b"", b"{", b"[]", b"null", b'{"messages": "\xff"}', b'{"n": 1' + b"0" * 10_000,
     b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
 ])  # fmt: skip
 def test_malformed_json(served: Served, body: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,56 @@ def test_wrong_settings_are_one_sentence(
     told = capsys.readouterr().err
     assert told.startswith("tympan: port: ")
     assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--api-key", ""], "api-key: a key is empty"),
+        (["--api-key", "secret key"], "api-key: a key has characters"),
+        (["--api-key-file", "no-such-file"], "api-key-file: no-such-file cannot be read"),
+        (["--api-key", "good", "--api-key-file", "pyproject.toml"], "api-key-file: pyproject.toml: line "),
+    ],
+)
+def test_wrong_keys_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["server", *arguments])
+    assert main() == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"tympan: {told}")
+    assert "secret" not in shown
+    assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warns"),
+    [
+        ([], False),
+        (["--host", "0.0.0.0"], True),
+        (["--host", "::"], True),
+        (["--host", "gpu7"], True),
+        (["--host", "127.3.2.1"], False),
+        (["--host", "::1"], False),
+        (["--host", "localhost"], False),
+        (["--host", "0.0.0.0", "--api-key", "k"], False),
+    ],
+)
+def test_a_server_open_to_the_network_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, arguments: list[str], warns: bool
+) -> None:
+    async def nothing(_: Settings) -> int:
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["server", *arguments])
+    monkeypatch.setattr("server.__main__._run", nothing)
+    monkeypatch.setattr("server.__main__.configure_logging", lambda _: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main() == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert ("open to all" in caplog.text) == warns
 
 
 def test_a_start_that_fails_is_one_sentence() -> None:

@@ -1,0 +1,147 @@
+"""Keys in a file: read again when it changes, and no accident with it ever opens the server."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.auth import ApiKeys
+from server.errors import ApiError
+from server.key_file import CHECK_SECONDS, MAX_FILE_BYTES, KeyFile, KeysError
+
+from .conftest import Servers
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "keys"
+    file.write_text("# ours\n\n  first \nsecond\r\n")
+    return file
+
+
+def opens(keys: ApiKeys, key: str) -> bool:
+    try:
+        keys.check([f"Bearer {key}"])
+    except ApiError as error:
+        return error.status != 401
+    return True
+
+
+def test_keys_change_with_the_file(path: Path) -> None:
+    clock = Clock()
+    keys = ApiKeys(["fixed"], KeyFile(path, clock))
+    assert [opens(keys, key) for key in ("fixed", "first", "second", "# ours", "third")] == [True] * 3 + [False] * 2
+    assert len(keys) == 3
+    path.write_text("third\n")
+    assert opens(keys, "first"), "looked at only every few seconds"
+    clock.now += CHECK_SECONDS
+    assert [opens(keys, key) for key in ("fixed", "first", "third")] == [True, False, True]
+
+
+def test_a_rename_is_a_change(path: Path, tmp_path: Path) -> None:
+    clock = Clock()
+    keys = ApiKeys((), KeyFile(path, clock))
+    new = tmp_path / "new"
+    new.write_text("# ours\n\n  other \nsecond\r\n")
+    times = path.stat()
+    os.utime(new, ns=(times.st_atime_ns, times.st_mtime_ns))
+    new.replace(path)
+    clock.now += CHECK_SECONDS
+    assert opens(keys, "other")
+    assert not opens(keys, "first")
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"# none\n", b"a b\n", "schlüssel\n".encode(), b"\xff\n", b"k\n" * MAX_FILE_BYTES]
+)
+def test_a_broken_file_keeps_the_good_keys(
+    path: Path, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    clock = Clock()
+    keys = ApiKeys((), KeyFile(path, clock))
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    for _ in range(3):
+        clock.now += CHECK_SECONDS
+        assert opens(keys, "first")
+        assert not opens(keys, "third")
+    (told,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert "stay valid" in told.getMessage()
+    path.write_text("third\n")
+    clock.now += CHECK_SECONDS
+    assert opens(keys, "third")
+    assert not opens(keys, "first")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"# none\n", b"a b\n", b"\xff\n"])
+def test_a_broken_file_does_not_start(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(KeysError, match="api-key-file"):
+        KeyFile(path)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys")
+    with pytest.raises(KeysError, match="no file"):
+        KeyFile(tmp_path / "keys")
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "a\tb", "ключ", "a\n", "\x7f"])
+def test_silly_keys_are_refused_by_name(key: str) -> None:
+    with pytest.raises(KeysError, match="api-key: a key") as caught:
+        ApiKeys(["good", key])
+    assert not key.strip() or key not in str(caught.value)
+
+
+@given(st.text(), st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=40))
+def test_nothing_but_a_key_opens(guess: str, key: str) -> None:
+    keys = ApiKeys([key, "other"])
+    assert opens(keys, key)
+    assert opens(keys, guess) == (guess.strip() in (key, "other"))
+
+
+def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bytes] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append(other)
+        return one == other
+
+    monkeypatch.setattr("server.auth.secrets.compare_digest", compare)
+    keys = ApiKeys(["one", "two", "three"])
+    for key in ("one", "three", "none"):
+        compared.clear()
+        opens(keys, key)
+        assert len(compared) == 3
+        assert {len(digest) for digest in compared} == {32}
+
+
+def test_a_server_with_a_file_alone_is_closed(servers: Servers, path: Path, caplog: Any) -> None:
+    server = servers.start(api_key_file=str(path))
+    get = server.client.get
+    assert get(f"{server.url}/v1/models").status_code == 401
+    assert get(f"{server.url}/v1/models", headers={"Authorization": "Bearer second"}).status_code == 200
+    path.write_text("")
+    assert get(f"{server.url}/v1/models").status_code == 401
+    assert "first" not in caplog.text
+    assert "second" not in caplog.text
