@@ -865,7 +865,10 @@ def test_a_short_prompt_that_could_not_start_holds_no_long_one_back() -> None:
 def test_neither_long_nor_short_prompts_starve_while_more_and_more_arrive(
     length: int, threshold: int, budget: int, arrivals: list[int], num_long: int
 ) -> None:
-    """Short ones come with each step and end in order; long ones end as if half of each step were theirs."""
+    """Short ones come with each step and end in order; long ones end as if a quarter of each step were theirs.
+
+    They have half of what a step has left behind those that lack a single token, which may be half of it.
+    """
     scheduler = make_scheduler(
         num_blocks=400,
         max_model_len=64,
@@ -877,7 +880,7 @@ def test_neither_long_nor_short_prompts_starve_while_more_and_more_arrive(
     for number in range(num_long):
         add(scheduler, request(f"long {number}", [length], max_tokens=1))
     ended: list[str] = []
-    bound = num_long * -(-length // max(1, budget // 2)) + 1
+    bound = num_long * -(-length // max(1, budget // 4)) + 1
     for step in range(bound):
         for number, tokens in enumerate(arrivals):
             add(scheduler, request(f"short {step:03} {number}", [tokens], max_tokens=1))
