@@ -112,6 +112,23 @@ class PinnedTransport(httpx.AsyncHTTPTransport):
         assert isinstance(self._pool, httpcore.AsyncConnectionPool)
         self._pool._network_backend = PinnedBackend(policy, resolver)
 
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send one request. Cancelling it leaves nothing open."""
+        try:
+            return await super().handle_async_request(request)
+        except asyncio.CancelledError:
+            await self._close_orphans()
+            raise
+
+    async def _close_orphans(self) -> None:
+        """httpcore forgets a connection whose request is cancelled just when it is made: open, and in no use."""
+        assert isinstance(self._pool, httpcore.AsyncConnectionPool)
+        used = [item.connection for item in self._pool._requests]
+        for connection in list(self._pool._connections):
+            if connection not in used and not connection.is_idle():
+                self._pool._connections.remove(connection)
+                await connection.aclose()
+
 
 def no_cookies() -> CookieJar:
     """A jar that keeps nothing: one client serves every user, and must not carry state between them."""

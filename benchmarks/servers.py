@@ -90,7 +90,7 @@ class RunningServer:
     """A server that is ready. `ready_s`: seconds from its start till then."""
 
     def __init__(self, process: subprocess.Popen[bytes], url: str, ready_s: float) -> None:
-        self.url, self.ready_s = url, ready_s
+        self.url, self.ready_s, self.pid = url, ready_s, process.pid
         self._root = psutil.Process(process.pid)
 
     def cpu_seconds(self) -> float:

@@ -222,6 +222,26 @@ class Settings(BaseModel):
         "server", None, "most requests (POST) of one key at once; default: no limit", ge=1
     )
     max_body_mb: float = _setting("server", 64, "largest request body, in MiB", gt=0)
+    max_num_queued_reqs: int = _setting(
+        "server",
+        1024,
+        "most requests that wait beyond the --max-num-seqs that run; more are refused with 503",
+        ge=0,
+    )
+    max_num_queued_tokens: int | None = _setting(
+        "server",
+        None,
+        "most prompt tokens that wait for the engine, about the seconds a first token may take times the tokens "
+        "computed in one; more are refused with 503; default: no bound of their own",
+        ge=1,
+    )
+    request_timeout: float = _setting(
+        "server",
+        0,
+        "seconds that the engine may take for one prompt, waiting included, before its request ends with 504; "
+        "0: no limit",
+        ge=0,
+    )
     sse_keep_alive_interval: float = _setting(
         "server", 15, "seconds of silence after which a stream gets a keep-alive comment; 0: never", ge=0
     )
@@ -247,6 +267,27 @@ class Settings(BaseModel):
         pattern=r"^https?://\S+$",
     )
     log_json: bool = _setting("server", False, "log lines as JSON, each request's with all that is known of it")
+    drain_grace: float = _setting(
+        "server",
+        2,
+        "seconds after SIGTERM in which the server goes on to say that it is shutting down, with nothing to finish "
+        "too, so that load balancers see it; SIGINT has none",
+        ge=0,
+    )
+    engine_restarts: int = _setting(
+        "server",
+        5,
+        "times in ten minutes that an engine which died or hung is started again; then, or with 0, the server "
+        "ends with status 1",
+        ge=0,
+    )
+    engine_hang_timeout: float = _setting(
+        "server",
+        300,
+        "seconds without a step, while requests wait, after which the engine is killed and started again: more than "
+        "the longest step takes; 0: never",
+        ge=0,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("server", "info", "least severe log lines")
 
     max_audio_clip_mb: float = _setting("audio", 25, "largest encoded clip, in MiB", gt=0)

@@ -21,7 +21,14 @@ from multiprocessing.context import SpawnProcess
 from typing import Protocol, Self
 
 from engine import channel
-from engine.errors import EngineDeadError, EngineStartError, RequestError
+from engine.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    RequestError,
+    TimeLimitError,
+)
 from engine.messages import (
     AbortRequest,
     EngineArgs,
@@ -37,6 +44,9 @@ from engine.messages import (
     ToEngine,
 )
 from engine.spawn import JOIN_SECONDS, end, spawn
+
+REAP_SECONDS = 1.0
+"""How long its requests wait for a dead engine's exit code: nobody is the wiser for it."""
 
 
 class EngineClient(Protocol):
@@ -55,7 +65,8 @@ class EngineClient(Protocol):
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Run a request until all its choices have ended.
 
-        Raises RequestError when it fails in the engine, EngineDeadError when the engine does.
+        Raises RequestError when it fails in the engine, TimeLimitError when its time is up, and EngineDeadError when
+        the engine fails.
         """
         ...
 
@@ -82,7 +93,7 @@ class _InFlight:
 
     unfinished: set[int]
     """Choices that have not ended."""
-    outputs: asyncio.Queue[EngineOutput | EngineDeadError] = field(default_factory=asyncio.Queue)
+    outputs: asyncio.Queue[EngineOutput | EngineError] = field(default_factory=asyncio.Queue)
 
 
 class _QueueClient:
@@ -95,6 +106,11 @@ class _QueueClient:
         self._loop = asyncio.get_running_loop()
         self._in_flight: dict[str, _InFlight] = {}
         self._dead: asyncio.Future[str] = self._loop.create_future()
+        self._death = EngineDeadError
+        self.num_finished = 0
+        """Requests that have had all their outputs."""
+        self.num_messages = 0
+        """That have come from the engine: while it has work, at least one comes for each step."""
 
     @property
     def info(self) -> EngineInfo:
@@ -106,6 +122,11 @@ class _QueueClient:
         """The latest snapshot."""
         return self._stats
 
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that wait for an output."""
+        return len(self._in_flight)
+
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """See EngineClient."""
         self.check_health()
@@ -113,10 +134,11 @@ class _QueueClient:
             raise RequestError("the request id is in use")
         flight = self._in_flight[request.request_id] = _InFlight(set(range(request.n)))
         self._send(request)
+        alarm = self._set_alarm(request.time_limit_s, flight)
         try:
             while flight.unfinished:
                 output = await flight.outputs.get()
-                if isinstance(output, EngineDeadError):
+                if isinstance(output, EngineError):
                     raise output
                 if output.index not in flight.unfinished:
                     continue
@@ -125,10 +147,19 @@ class _QueueClient:
                 if output.finish_reason is FinishReason.ERROR:
                     raise RequestError(output.error or "the request failed")
                 yield output
+            self.num_finished += 1
         finally:
+            if alarm:
+                alarm.cancel()
             del self._in_flight[request.request_id]
             if flight.unfinished and not self._dead.done():
                 self._send(AbortRequest(request.request_id))
+
+    def _set_alarm(self, time_limit_s: float | None, flight: _InFlight) -> asyncio.TimerHandle | None:
+        if time_limit_s is None:
+            return None
+        late = TimeLimitError(f"The request took longer than {time_limit_s:g} s.")
+        return self._loop.call_later(time_limit_s, flight.outputs.put_nowait, late)
 
     def end_choice(self, request_id: str, index: int) -> None:
         """See EngineClient."""
@@ -140,7 +171,7 @@ class _QueueClient:
     def check_health(self) -> None:
         """See EngineClient."""
         if self._dead.done():
-            raise EngineDeadError(self._dead.result())
+            raise self._death(self._dead.result())
 
     async def wait_dead(self) -> str:
         """See EngineClient."""
@@ -148,6 +179,7 @@ class _QueueClient:
 
     def _receive(self, message: FromEngine) -> None:
         """On the event loop: hand outputs to whoever waits for them."""
+        self.num_messages += 1
         if isinstance(message, StepOutputs):
             self._stats = message.stats
             for output in message.outputs:
@@ -156,12 +188,13 @@ class _QueueClient:
         elif isinstance(message, EngineFailed):
             self._fail(message.reason)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, death: type[EngineDeadError] = EngineDeadError) -> None:
         """On the event loop: the engine serves no more."""
         if not self._dead.done():
+            self._death = death
             self._dead.set_result(reason)
             for flight in self._in_flight.values():
-                flight.outputs.put_nowait(EngineDeadError(reason))
+                flight.outputs.put_nowait(death(reason))
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         """From a thread: run on the event loop, unless that is already closed."""
@@ -177,8 +210,12 @@ class ProcessEngineClient(_QueueClient):
         super().__init__(info, self._outbox.put)
         self.process = process
         self._connection = connection
-        for target in (self._read, self._write):
-            threading.Thread(target=target, daemon=True, name=f"engine{target.__name__}").start()
+        self._threads = [
+            threading.Thread(target=target, daemon=True, name=f"engine{target.__name__}")
+            for target in (self._read, self._write)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     async def start(cls, args: EngineArgs) -> Self:
@@ -187,31 +224,40 @@ class ProcessEngineClient(_QueueClient):
         try:
             first = await asyncio.to_thread(channel.receive, ours)
         except (EOFError, OSError):
-            process.join(JOIN_SECONDS)
+            await asyncio.to_thread(end, process)
             raise EngineStartError(
                 f"the engine process ended while starting (exit code {process.exitcode})"
             ) from None
         except asyncio.CancelledError:
             process.kill()
+            end(process, REAP_SECONDS)
             raise
         if isinstance(first, EngineFailed):
-            process.join(JOIN_SECONDS)
+            await asyncio.to_thread(end, process)
             raise EngineStartError(first.reason)
         return cls(process, ours, first)
 
+    def kill(self, reason: str) -> None:
+        """End the process at once, and with `reason` all requests in flight."""
+        self._fail(reason)
+        self.process.kill()
+
     async def close(self) -> None:
         """See EngineClient."""
-        self._fail("the server is shutting down")
+        self._fail("the server is shutting down", EngineClosedError)
         self._outbox.put(Shutdown())
         self._outbox.put(None)
         await asyncio.to_thread(end, self.process)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, JOIN_SECONDS)
+        self._connection.close()
 
     def _read(self) -> None:
         try:
             while True:
                 self._call(self._receive, channel.receive(self._connection))
         except (EOFError, OSError):
-            self.process.join(JOIN_SECONDS)
+            self.process.join(REAP_SECONDS)
             self._call(self._fail, f"the engine process ended (exit code {self.process.exitcode})")
 
     def _write(self) -> None:
@@ -251,7 +297,7 @@ class InlineEngineClient(_QueueClient):
 
     async def close(self) -> None:
         """See EngineClient."""
-        self._fail("the engine was closed")
+        self._fail("the engine was closed", EngineClosedError)
         self._send(Shutdown())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, JOIN_SECONDS)

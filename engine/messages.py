@@ -81,6 +81,8 @@ class EngineRequest:
     """Lower goes first; equals in order of arrival."""
     cache_salt: str | None = None
     """Only requests with the same salt share what is computed of their prompts."""
+    time_limit_s: float | None = None
+    """From submission to the last output; kept by the client. None: no limit."""
 
 
 SequenceId = tuple[str, int]

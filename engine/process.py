@@ -59,6 +59,7 @@ def main(args: EngineArgs, connection: Connection) -> None:
         logger.exception("the engine cannot go on")
         outbox.give_up(f"{type(error).__name__} in the engine; its log has the details")
     core.close()
+    os._exit(0)  # nothing is left to be written, and taking torch apart, module by module, brings only warnings
 
 
 class _Outbox:

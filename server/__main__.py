@@ -1,8 +1,7 @@
 """`python -m server`: settings in, a serving process out. The composition root.
 
-Exit status: 0 after a drained shutdown, 1 when the engine cannot start or dies, 2 for wrong settings, 128 and the
-signal's number when stopped while loading. Failures
-that the operator can mend are one sentence, not a traceback.
+Exit status: 0 after a drained shutdown, 1 when the engine cannot start or is given up, 2 for wrong settings, 128 and
+the signal's number when stopped while loading. Failures that the operator can mend are one sentence, no traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import logging
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -23,13 +23,14 @@ from configs.settings import Settings
 from engine.client import EngineClient, ProcessEngineClient
 from engine.errors import EngineStartError
 from engine.messages import EngineArgs
+from engine.supervisor import RestartPolicy, SupervisedEngineClient
 from model.checkpoint import resolve_checkpoint
 from model.errors import ModelError
 from server.app import api_keys, create_app
 from server.connection import server_config
 from server.heap import give_large_blocks_back
 from server.key_file import KeysError
-from server.lifecycle import LAST_WORDS_SECONDS, serve_until_end
+from server.lifecycle import LAST_WORDS_SECONDS, DrainPolicy, serve_until_end
 from server.logs import configure_logging
 from server.metrics_server import metrics_served
 from server.observers import TracingError, check_tracing
@@ -72,7 +73,11 @@ def main() -> int:
 
 async def _run(settings: Settings) -> int:
     listener = _listen(settings.host, settings.port)  # before minutes go into loading
-    engine, checkpoint = await start_engine(settings)
+    checkpoint = find_checkpoint(settings)
+    engine = await SupervisedEngineClient.launch(
+        partial(ProcessEngineClient.start, _engine_args(settings, checkpoint)),
+        RestartPolicy(settings.engine_restarts, settings.engine_hang_timeout),
+    )
     try:
         return await _serve(settings, engine, checkpoint, listener)
     finally:
@@ -84,13 +89,18 @@ async def start_engine(settings: Settings) -> tuple[ProcessEngineClient, Path]:
 
     Raises ModelError and EngineStartError.
     """
-    checkpoint = resolve_checkpoint(
+    checkpoint = find_checkpoint(settings)
+    return await ProcessEngineClient.start(_engine_args(settings, checkpoint)), checkpoint
+
+
+def find_checkpoint(settings: Settings) -> Path:
+    """Its folder, downloaded if need be. Raises ModelError."""
+    return resolve_checkpoint(
         settings.model or str(BUNDLED_CHECKPOINT),
         settings.revision,
         settings.download_dir,
         with_weights=settings.load_format == "auto",
     )
-    return await ProcessEngineClient.start(_engine_args(settings, checkpoint)), checkpoint
 
 
 async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, listener: socket.socket) -> int:
@@ -101,8 +111,9 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
     config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)
+    policy = DrainPolicy(settings.drain_grace, settings.shutdown_timeout)
     async with metrics_served(app.state.metrics, settings.metrics_host, settings.metrics_port):
-        cause = await serve_until_end(app, engine, config, listener, settings.shutdown_timeout)
+        cause = await serve_until_end(app, engine, config, listener, policy)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
 
 

@@ -28,6 +28,7 @@ from engine.client import EngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
 from server.access_log import AccessLog
+from server.admission import PromptQueue, Traffic
 from server.audio_store import AudioStore
 from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
@@ -36,7 +37,7 @@ from server.errors import to_api_error
 from server.key_file import KeyFile
 from server.media import MediaLoader
 from server.metrics import Metrics
-from server.middleware import RequestScope, Traffic
+from server.middleware import RequestScope
 from server.observers import start_tracer
 from server.openapi import make_document
 from server.prompt import PromptBuilder
@@ -82,7 +83,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.serving = serving
     app.state.transcriber = _transcriber(settings, serving, loader)
-    app.state.traffic = Traffic()
+    app.state.traffic = Traffic(engine.info.max_num_seqs + settings.max_num_queued_reqs)
     app.state.metrics = metrics
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
@@ -128,6 +129,8 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, media: 
         grammars=GrammarCompiler(checkpoint, engine.info.vocab_size),
         defaults=_generation_defaults(settings, checkpoint, tokenizer),
         keep_alive_s=settings.sse_keep_alive_interval or None,
+        queue=PromptQueue(settings.max_num_queued_tokens),
+        time_limit_s=settings.request_timeout or None,
     )
 
 

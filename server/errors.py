@@ -4,6 +4,7 @@ Exception
 ├── ApiError           the client's fault, found by the server; carries its own status
 ├── audio.AudioError   a clip that cannot be fetched, decoded or accepted    -> 400, by media
 ├── RequestError       this request failed inside the engine                 -> 500
+├── TimeLimitError     this request took longer than --request-timeout       -> 504
 ├── EngineDeadError    the engine is gone, and every request with it         -> 503
 ├── HTTPException      the framework's: unknown route, wrong method          -> 404, 405
 └── anything else      our bug: logged with its traceback, told without      -> 500
@@ -20,12 +21,15 @@ from dataclasses import dataclass, field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from engine.errors import EngineDeadError, RequestError
+from engine.errors import EngineClosedError, EngineDeadError, RequestError, TimeLimitError
 
 INVALID_REQUEST = "invalid_request_error"
 RATE_LIMIT = "rate_limit_error"
 SERVER_ERROR = "server_error"
 UNAVAILABLE = "service_unavailable_error"
+
+ENGINE_RETRY_AFTER_SECONDS = 5
+"""About what a small checkpoint takes to be loaded again."""
 
 BUG_MESSAGE = "The server had an error while processing your request."
 
@@ -55,6 +59,12 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def shutting_down() -> ApiError:
+    """A 503 that sends the client elsewhere."""
+    headers = {"Retry-After": "1", "Connection": "close"}
+    return ApiError(503, "The server is shutting down.", UNAVAILABLE, code="shutting_down", headers=headers)
+
+
 def to_api_error(error: BaseException) -> ApiError:
     """The status table: what the client is told about any failure."""
     match error:
@@ -62,8 +72,16 @@ def to_api_error(error: BaseException) -> ApiError:
             return error
         case RequestError():
             return ApiError(500, str(error) or BUG_MESSAGE, SERVER_ERROR)
+        case TimeLimitError():
+            headers = {"x-should-retry": "false"}  # OpenAI's clients would have it computed twice more
+            return ApiError(504, str(error), SERVER_ERROR, code="request_timeout", headers=headers)
+        case EngineClosedError():
+            return shutting_down()
         case EngineDeadError():
-            return ApiError(503, "The engine is not available.", UNAVAILABLE, code="engine_unavailable")
+            headers = {"Retry-After": str(ENGINE_RETRY_AFTER_SECONDS)}
+            return ApiError(
+                503, "The engine is not available.", UNAVAILABLE, code="engine_unavailable", headers=headers
+            )
         case HTTPException(status_code=404):
             return ApiError(404, "Unknown request URL.")
         case HTTPException(status_code=405):

@@ -17,6 +17,7 @@ from typing import Any, Final
 from engine.client import EngineClient
 from engine.errors import EngineDeadError
 from engine.messages import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from server.admission import PromptQueue
 from server.detokenizer import IncrementalDetokenizer
 from server.request_record import GenerationRecord, RequestRecord
 from server.tool_parser import CallDelta, StreamingToolParser
@@ -93,6 +94,8 @@ class Generation:
     new_detokenizer: Callable[[], IncrementalDetokenizer]
     usage: Usage
     """Shared by all generations of a request."""
+    queue: PromptQueue
+    """Shared by all requests."""
     new_tool_parser: Callable[[], StreamingToolParser | None] = _no_parser
     """For each choice."""
     first_index: int = 0
@@ -110,25 +113,30 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The answers, piece by piece; steps without visible text give none.
 
-        Raises RequestError and EngineDeadError.
+        Raises RequestError, TimeLimitError and EngineDeadError.
         """
         choices = {index: _Choice(self.new_detokenizer(), self.new_tool_parser()) for index in range(self.request.n)}
         began = self.record.began if self.began is None else self.began
-        with self.record.generation(self.request, began) as record:
-            async with aclosing(self.engine.generate(self.request)) as outputs:
-                async for output in outputs:
-                    record.take(output)
-                    for delta in self._take_all(output, choices[output.index], record):
-                        if delta.finish_reason:
-                            del choices[output.index]
-                            record.finish(delta.finish_reason)
-                            if choices and not output.finish_reason:
-                                self.engine.end_choice(self.request.request_id, output.index)
-                        if delta.text or delta.calls or delta.finish_reason:
-                            yield delta
-                    if not choices:
-                        return
-            raise EngineDeadError("the engine ended an answer without a reason")
+        waiting = self.queue.enter(len(self.request.prompt_token_ids))
+        try:
+            with self.record.generation(self.request, began) as record:
+                async with aclosing(self.engine.generate(self.request)) as outputs:
+                    async for output in outputs:
+                        waiting.leave()
+                        record.take(output)
+                        for delta in self._take_all(output, choices[output.index], record):
+                            if delta.finish_reason:
+                                del choices[output.index]
+                                record.finish(delta.finish_reason)
+                                if choices and not output.finish_reason:
+                                    self.engine.end_choice(self.request.request_id, output.index)
+                            if delta.text or delta.calls or delta.finish_reason:
+                                yield delta
+                        if not choices:
+                            return
+                raise EngineDeadError("the engine ended an answer without a reason")
+        finally:
+            waiting.leave()
 
     def _take_all(self, output: EngineOutput, choice: _Choice, record: GenerationRecord) -> Iterator[Delta]:
         """With tools the tokens are taken one by one: a call may end the answer before the last of them."""

@@ -6,24 +6,30 @@ x-request-id, errors included. What metrics, logs and traces make of a request's
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.admission import Traffic
 from server.auth import ApiKeys
-from server.errors import UNAVAILABLE, ApiError, to_api_error
+from server.errors import ApiError, to_api_error
 from server.logs import log_failure
 from server.request_record import NO_METER, Meter, RequestObserver, RequestRecord
 
 PROBES = ("/health", "/ready")
 """Open to all. Everything else needs the key."""
+LINGER_SECONDS = 2.0
+LINGER_BYTES = 32 << 20
+"""How long, and how much, a refused client may go on sending before the connection closes, as it asked."""
 CLIENT_GONE = 499
 """nginx's status for a client that left before an answer began; only ever recorded."""
 
@@ -37,20 +43,6 @@ MAX_HEADERS = 100
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 logger = logging.getLogger(__name__)
-
-
-class Traffic:
-    """What is in flight, and whether more is welcome. Touched on the event loop only."""
-
-    def __init__(self) -> None:
-        self.num_in_flight = 0
-        self.is_draining = False
-
-    def check_welcome(self) -> None:
-        """Raise ApiError (503) while the server is shutting down."""
-        if self.is_draining:
-            headers = {"Retry-After": "1", "Connection": "close"}
-            raise ApiError(503, "The server is shutting down.", UNAVAILABLE, code="shutting_down", headers=headers)
 
 
 class RequestScope:
@@ -77,23 +69,25 @@ class RequestScope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(send, self._record(scope))
+        headers = Headers(scope=scope)
+        exchange = _Exchange(receive, send, headers, self._record(scope))
         record = exchange.record
         self._traffic.num_in_flight += 1
         for observer in self._observers:
             observer.begin(record)
         try:
             if scope["path"] not in PROBES:
-                caller = self._keys.check(Headers(scope=scope).getlist("authorization"))
+                caller = self._keys.check(headers.getlist("authorization"))
                 record.key_id = caller[:KEY_ID_DIGITS] or None
                 scope["state"]["caller"] = caller
                 check_header_size(scope)
                 self._traffic.check_welcome()
-            await self._app(scope, receive, exchange.send)
+            with self._traffic.place(scope["method"]):
+                await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             record.status = CLIENT_GONE
         except Exception as error:
-            await exchange.fail(error, scope, receive)
+            await exchange.fail(error, scope)
             # Frames and failure hold each other, and the body with them, until a collection that may be far off.
             traceback.clear_frames(error.__traceback__)
         finally:
@@ -128,12 +122,21 @@ def check_header_size(scope: Scope) -> None:
 
 
 class _Exchange:
-    """One request's answer on its way out."""
+    """One request on its way in and its answer on its way out."""
 
-    def __init__(self, send: Send, record: RequestRecord) -> None:
+    def __init__(self, receive: Receive, send: Send, headers: Headers, record: RequestRecord) -> None:
+        self._receive = receive
         self._send = send
         self.record = record
+        has_body = "content-length" in headers or "transfer-encoding" in headers
+        self._is_body_coming = has_body and headers.get("connection", "").lower() == "close"
+        """And nobody will read it after the answer (see server/connection.py)."""
         self._has_begun = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._is_body_coming = self._is_body_coming and bool(message.get("more_body"))
+        return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -144,7 +147,7 @@ class _Exchange:
         if message["type"] == "http.response.body" and not message.get("more_body"):
             self.record.is_complete = True
 
-    async def fail(self, error: Exception, scope: Scope, receive: Receive) -> None:
+    async def fail(self, error: Exception, scope: Scope) -> None:
         """Answer with the error, unless an answer has begun: then only the connection can tell."""
         told = to_api_error(error)
         self.record.refusal = told.code or str(told.status)
@@ -152,4 +155,17 @@ class _Exchange:
             log_failure(logger, f"request {self.record.request_id} failed", error)
         if self._has_begun:
             raise error
-        await told.response()(scope, receive, self.send)
+        await told.response()(scope, self.receive, self._send_before_body if self._is_body_coming else self.send)
+
+    async def _send_before_body(self, message: Message) -> None:
+        """An answer to a client that is still sending: closing on it would reset the connection, answer and all."""
+        if message["type"] != "http.response.body":
+            await self.send(message)
+            return
+        await self.send({**message, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                num_bytes = 0
+                while self._is_body_coming and num_bytes < LINGER_BYTES:
+                    num_bytes += len((await self.receive()).get("body", b""))
+        await self.send({"type": "http.response.body"})

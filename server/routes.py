@@ -12,8 +12,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 from starlette.types import Scope
 
-from engine.errors import EngineDeadError
+from engine.errors import EngineDeadError, EngineRestartingError
 from server import files, tokenization
+from server.admission import Traffic
 from server.answers import (
     ChatAnswer,
     CompletionAnswer,
@@ -34,8 +35,8 @@ from server.body import parse_body
 from server.chat import complete_chat
 from server.completions import complete_prompt
 from server.disconnect import while_connected
+from server.errors import ApiError, to_api_error
 from server.metrics import OPENMETRICS, Metrics
-from server.middleware import Traffic
 from server.multipart import read_form
 from server.openapi import EVENTS, TEXT, describe
 from server.responses import create_response
@@ -194,15 +195,24 @@ async def read_load(request: Request) -> Response:
 
 @router.get("/health", openapi_extra=describe(is_open=True))
 async def health(request: Request) -> Response:
-    """200 while the engine lives, 503 after. For liveness probes: load and draining do not matter."""
-    return Response(status_code=200 if _is_alive(request) else 503)
+    """503 when the engine has died for good. For liveness probes: load, draining and a restart do not matter."""
+    try:
+        request.app.state.serving.engine.check_health()
+    except EngineDeadError as error:
+        return Response(status_code=200 if isinstance(error, EngineRestartingError) else 503)
+    return Response(status_code=200)
 
 
 @router.get("/ready", openapi_extra=describe(is_open=True))
 async def ready(request: Request) -> Response:
     """200 while new requests are welcome, 503 otherwise. For load balancers."""
     traffic: Traffic = request.app.state.traffic
-    return Response(status_code=200 if _is_alive(request) and not traffic.is_draining else 503)
+    try:
+        traffic.check_welcome()
+        request.app.state.serving.engine.check_health()
+    except (ApiError, EngineDeadError) as error:
+        return Response(status_code=503, headers={"Retry-After": to_api_error(error).headers["Retry-After"]})
+    return Response(status_code=200)
 
 
 def allowed_methods(scope: Scope) -> list[str]:
@@ -238,14 +248,6 @@ def _serving(request: Request) -> Serving:
     """What serves this request, with its caller's uploads."""
     serving: Serving = request.app.state.serving
     return serving.of(request.state.caller).recorded_in(request.state.record)
-
-
-def _is_alive(request: Request) -> bool:
-    try:
-        request.app.state.serving.engine.check_health()
-    except EngineDeadError:
-        return False
-    return True
 
 
 def _model(request: Request, name: str) -> dict[str, Any]:

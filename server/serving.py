@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from engine.client import EngineClient
 from engine.messages import AudioClip, EngineRequest, FinishReason
 from model.config import GenerationConfig
+from server.admission import PromptQueue
 from server.auth import cache_salt
 from server.channel import Channel
 from server.detokenizer import IncrementalDetokenizer
@@ -46,6 +47,9 @@ class Serving:
     defaults: GenerationConfig
     """Sampling defaults, end-of-sequence ids included."""
     keep_alive_s: float | None
+    queue: PromptQueue
+    time_limit_s: float | None = None
+    """What the engine may take for one prompt, waiting included."""
     record: RequestRecord = field(default_factory=RequestRecord)
     """Of the request being served."""
 
@@ -132,6 +136,7 @@ class Serving:
         usage: Usage,
         tools: ToolPlan,
     ) -> list[Generation]:
+        self.queue.check_room(sum(len(prompt.token_ids) for prompt, _ in prompts))
         with self.record.timing("grammar"):
             grammar = await compile_calls(self.grammars, tools, request.answer_schema)
             if grammar is None:
@@ -178,6 +183,7 @@ class Serving:
                 n=request.num_choices,
                 priority=request.priority or 0,
                 cache_salt=salt,
+                time_limit_s=self.time_limit_s,
             ),
             new_detokenizer=partial(
                 IncrementalDetokenizer,
@@ -188,6 +194,7 @@ class Serving:
                 min_tokens=sampling.min_tokens,
             ),
             usage=usage,
+            queue=self.queue,
             eos_token_ids=frozenset(self.defaults.eos_token_ids),
             show_stop_token=bool(request.include_stop_str_in_output),
             record=self.record,

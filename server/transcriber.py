@@ -110,6 +110,7 @@ class Transcription:
     usage: TranscriptUsage = field(default_factory=TranscriptUsage)
     text: TranscriptText = field(default_factory=TranscriptText)
     _running: set[Channel[Delta]] = field(default_factory=set)
+    _is_let_in: bool = False
 
     async def pieces(self) -> AsyncGenerator[str | Segment, None]:
         """The text in pieces that put end to end are the whole; after a window's pieces, its segment.
@@ -158,6 +159,9 @@ class Transcription:
         generation = await asyncio.to_thread(self._hear, pcm, is_first=start == 0)
         if generation is None:
             return _Window(start, pcm.num_samples)
+        if not self._is_let_in:  # once for the file: it has few windows with the engine at any time
+            generation.queue.check_room(len(generation.request.prompt_token_ids))
+            self._is_let_in = True
         deltas = Channel(generation.deltas())
         self._running.add(deltas)
         return _Window(start, pcm.num_samples, generation, deltas)
@@ -204,9 +208,11 @@ class Transcription:
                 sampling=self._sampling(serving.engine.info.max_model_len - num_prompt_tokens),
                 clips=(AudioClip(clip.samples, salted(clip, salt), offset, clip.num_tokens),),
                 cache_salt=salt,
+                time_limit_s=serving.time_limit_s,
             ),
             new_detokenizer=partial(IncrementalDetokenizer, serving.prompts.tokenizer),
             usage=Usage(num_prompt_tokens, prompt.num_audio_tokens),
+            queue=serving.queue,
             eos_token_ids=frozenset(serving.defaults.eos_token_ids),
             record=serving.record,
             began=time.monotonic(),

@@ -46,6 +46,7 @@ TORCH_FREE_ENGINE = {
     "engine.spawn",
     "engine.speculation",
     "engine.step_sizes",
+    "engine.supervisor",
 }
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 50

@@ -37,17 +37,73 @@ def long_answer(server: ServerProcess, num_tokens: int = 3000) -> Any:
     )
 
 
-def test_killed_engine_ends_requests_and_the_server(server: ServerProcess) -> None:
+def wait_until_ready(server: ServerProcess, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while server.http.get("/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ask(server: ServerProcess, clip: dict[str, object]) -> str:
+    """A short greedy answer about a clip."""
+    answer = server.openai.chat.completions.create(
+        model="random",
+        messages=[{"role": "user", "content": [clip, text("Go on.")]}],  # type: ignore[misc, list-item]
+        max_tokens=8,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    return str(answer.choices[0].message.content)
+
+
+def test_a_killed_engine_ends_what_it_had_and_the_next_one_answers(server: ServerProcess) -> None:
+    upload = server.openai.files.create(file=("a.wav", wav(noise(16_000))), purpose="user_data")
+    clip = {"type": "input_audio", "input_audio": {"id": upload.id}}
+    before = ask(server, clip)
     stream = long_answer(server)
     next(iter(stream))
-    os.kill(server.engine_pid(), signal.SIGKILL)
+    whole: list[httpx.Response] = []
+    body = {"messages": [{"role": "user", "content": "Go on."}], "ignore_eos": True, "max_tokens": 3000}
+    thread = threading.Thread(target=lambda: whole.append(server.http.post("/v1/chat/completions", json=body)))
+    thread.start()
+    time.sleep(0.5)
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGKILL)
     killed = time.monotonic()
-    with pytest.raises(openai.APIError):
+    with pytest.raises(openai.APIError) as caught:
         for _ in stream:
             pass
+    thread.join(5)
     assert time.monotonic() - killed < 5
-    assert server.process.wait(15) == 1
-    assert any("engine has died" in line for line in server.lines)
+    assert caught.value.code == whole[0].json()["error"]["code"] == "engine_unavailable"
+    assert (whole[0].status_code, whole[0].headers["retry-after"]) == (503, "5")
+    assert server.http.get("/ready").status_code == 503
+    assert server.http.get("/health").status_code == 200
+    wait_until_ready(server)
+    assert ask(server, clip) == before
+    assert server.engine_pid() != engine
+
+
+def test_a_server_that_may_not_restart_its_engine_ends(gqa_folder: Path) -> None:
+    server = start_server("--model", str(gqa_folder), "--engine-restarts", "0")
+    try:
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        assert server.process.wait(15) == 1
+        assert any("engine has died" in line for line in server.lines)
+    finally:
+        server.process.kill()
+
+
+def test_an_interrupted_server_ends_without_a_word(server: ServerProcess) -> None:
+    """Ctrl-C reaches the whole group. Nothing is in flight: nobody waits, and no library complains."""
+    wait_until_ready(server)
+    num_lines = len(server.lines)
+    interrupted = time.monotonic()
+    for pid in (server.engine_pid(), server.process.pid):
+        os.kill(pid, signal.SIGINT)
+    assert server.process.wait(10) == 0
+    assert time.monotonic() - interrupted < 5
+    assert not [line for line in server.lines[num_lines:] if "leak" in line or "Traceback" in line]
 
 
 def test_sigterm_drains(server: ServerProcess) -> None:

@@ -25,7 +25,7 @@ from engine.messages import EngineInfo
 from server.app import create_app
 from server.chat_template import DEFAULT_TEMPLATE
 from server.connection import server_config
-from server.lifecycle import DrainingServer
+from server.lifecycle import DrainingServer, DrainPolicy
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer
 
@@ -128,7 +128,9 @@ class Servers:
         self._client = httpx.Client(trust_env=False, timeout=10)
         self._running: list[tuple[DrainingServer, threading.Thread]] = []
 
-    def start(self, *, info: EngineInfo = INFO, **settings: Any) -> Served:
+    def start(
+        self, *, info: EngineInfo = INFO, drain_grace_s: float = 0, drain_timeout_s: float = 5, **settings: Any
+    ) -> Served:
         started = threading.Event()
         box: list[Served] = []
 
@@ -137,7 +139,7 @@ class Servers:
             engine = FakeEngineClient(info=replace(info, max_model_len=max_model_len))
             app = create_app(Settings(**settings), engine, self._checkpoint)
             config = server_config(app, port=0, lifespan="on", timeout_graceful_shutdown=1)
-            server = DrainingServer(config, app.state.traffic, shutdown_timeout_s=5)
+            server = DrainingServer(config, app.state.traffic, engine, DrainPolicy(drain_grace_s, drain_timeout_s))
             serving = asyncio.create_task(server.serve())
             while not server.started:
                 await asyncio.sleep(0.005)

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from engine.errors import EngineDeadError
+from engine.errors import EngineClosedError, EngineDeadError
 from engine.messages import (
     EngineInfo,
     EngineOutput,
@@ -62,6 +62,8 @@ class FakeEngineClient:
     ended: list[tuple[str, int]] = field(default_factory=list)
     """Choices that were ended alone."""
     dead: asyncio.Event = field(default_factory=asyncio.Event)
+    death: EngineDeadError = field(default_factory=lambda: EngineDeadError("the engine was killed"))
+    is_closed: bool = False
     script_of: Callable[[EngineRequest], Script] | None = None
     """Where requests get different answers."""
     num_running: int = 0
@@ -121,12 +123,14 @@ class FakeEngineClient:
         return TokenLogprobs(token_id, -0.5, top[: request.sampling.logprobs])
 
     def check_health(self) -> None:
+        if self.is_closed:
+            raise EngineClosedError("the engine was closed")
         if self.dead.is_set():
-            raise EngineDeadError("the engine was killed")
+            raise self.death
 
     async def wait_dead(self) -> str:
         await self.dead.wait()
         return "the engine was killed"
 
     async def close(self) -> None:
-        self.dead.set()
+        self.is_closed = True

@@ -68,7 +68,7 @@ def test_a_server_open_to_the_network_says_so(
 
     monkeypatch.setattr(sys, "argv", ["server", *arguments])
     monkeypatch.setattr("server.__main__._run", nothing)
-    monkeypatch.setattr("server.__main__.configure_logging", lambda _: None)
+    monkeypatch.setattr("server.__main__.configure_logging", lambda *_, **__: None)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         assert main() == 0

@@ -6,12 +6,14 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from engine.errors import EngineRestartingError
 from server.lifecycle import DrainingServer
 
 from .conftest import Served, Servers, user
@@ -99,8 +101,25 @@ def test_dead_engine(own: Any) -> None:
     response = server.post({"messages": [user("Hi")]})
     assert response.status_code == 503
     assert response.json()["error"]["type"] == "service_unavailable_error"
+    assert response.json()["error"]["code"] == "engine_unavailable"
+    assert int(response.headers["retry-after"]) > 0
     assert httpx.get(f"{server.url}/health").status_code == 503
     assert httpx.get(f"{server.url}/ready").status_code == 503
+
+
+def test_an_engine_that_is_being_started_again(own: Any) -> None:
+    """A liveness probe must not end the server in the middle of mending itself."""
+    server = own()
+    server.engine.death = EngineRestartingError("the engine was killed")
+    server.engine.dead.set()
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    ready = httpx.get(f"{server.url}/ready")
+    assert (ready.status_code, ready.headers["retry-after"]) == (503, "5")
+    server.say("Hi")
+    assert server.post({"messages": [user("Hi")]}).json()["error"]["code"] == "engine_unavailable"
+    server.engine.dead.clear()
+    assert server.post({"messages": [user("Hi")]}).status_code == 200
+    assert httpx.get(f"{server.url}/ready").status_code == 200
 
 
 def test_draining_finishes_what_runs_and_refuses_more(own: Any) -> None:
@@ -125,3 +144,46 @@ def test_draining_finishes_what_runs_and_refuses_more(own: Any) -> None:
     while not draining.should_exit and time.monotonic() < deadline:
         time.sleep(0.01)
     assert draining.should_exit
+
+
+def test_what_does_not_finish_in_time_is_told(own: Any) -> None:
+    server = own(drain_timeout_s=0.5)
+    server.say("one two three four five six seven", delay_s=0.4)
+    stream = server.openai.chat.completions.create(
+        model="tiny-audio", messages=[{"role": "user", "content": "Hi"}], stream=True
+    )
+    answers: list[httpx.Response] = []
+    whole = threading.Thread(target=lambda: answers.append(server.post({"messages": [user("Hi")]})))
+    whole.start()
+    next(iter(stream))
+    wait_until(lambda: len(server.engine.requests) == 2)
+    server.server.handle_exit(signal.SIGTERM, None)
+    with pytest.raises(openai.APIError) as caught:
+        list(stream)
+    assert caught.value.code == "shutting_down"
+    whole.join(5)
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["code"] == "shutting_down"
+    wait_until(lambda: server.server.should_exit)
+
+
+@pytest.mark.parametrize(("number", "grace_s"), [(signal.SIGTERM, 0.6), (signal.SIGINT, 0.0)])
+def test_sigterm_leaves_balancers_a_grace_and_a_person_does_not_wait(
+    own: Any, number: signal.Signals, grace_s: float
+) -> None:
+    server = own(drain_grace_s=0.6)
+    signalled = time.monotonic()
+    server.server.handle_exit(number, None)
+    if grace_s:
+        refused = server.post({"messages": [user("Hi")]})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert httpx.get(f"{server.url}/ready").headers["retry-after"] == "1"
+    wait_until(lambda: server.server.should_exit)
+    assert grace_s <= time.monotonic() - signalled < grace_s + 0.5
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
