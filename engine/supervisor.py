@@ -63,6 +63,8 @@ class SupervisedEngineClient:
         """When they were begun, the last WINDOW_SECONDS of them."""
         self.num_restarts = 0
         """Since the start."""
+        self.on_restart: Callable[[], None] = lambda: None
+        """Called as one is begun."""
         self._supervision = asyncio.create_task(self._supervise())
 
     @classmethod
@@ -141,9 +143,8 @@ class SupervisedEngineClient:
             while not (await asyncio.wait({death}, timeout=WATCH_SECONDS))[0]:
                 is_silent = self._client.num_in_flight and self._client.num_messages == num_messages
                 num_messages = self._client.num_messages
-                silent_s = (
-                    silent_s + WATCH_SECONDS if is_silent else 0.0
-                )  # by no clock, which runs while we are stopped
+                silent_s += WATCH_SECONDS  # by no clock, which runs while we are stopped
+                silent_s *= bool(is_silent)
                 if 0 < self._policy.hang_timeout_s <= silent_s:
                     self._client.kill(f"it has hung for {silent_s:g} s")
             return death.result()
@@ -158,6 +159,7 @@ class SupervisedEngineClient:
             return False
         self._restarts.append(now)
         self.num_restarts += 1
+        self.on_restart()
         return True
 
     async def _start_again(self) -> ProcessEngineClient:

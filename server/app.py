@@ -25,6 +25,7 @@ from audio.media_cache import MediaCache
 from configs.recipes import transcription_recipe
 from configs.settings import Settings
 from engine.client import EngineClient
+from engine.supervisor import SupervisedEngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
 from server.access_log import AccessLog
@@ -85,6 +86,8 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.state.transcriber = _transcriber(settings, serving, loader)
     app.state.traffic = Traffic(engine.info.max_num_seqs + settings.max_num_queued_reqs)
     app.state.metrics = metrics
+    if isinstance(engine, SupervisedEngineClient):
+        engine.on_restart = metrics.engine_restarted
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
     app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)

@@ -106,6 +106,8 @@ def test_a_dead_engine_is_replaced_and_meanwhile_nobody_is_told_that_all_is_well
     starts = _Starts(None, EngineStartError("no memory yet"), OSError("no process"))
 
     async def test(client: SupervisedEngineClient) -> None:
+        told: list[int] = []
+        client.on_restart = lambda: told.append(client.num_restarts)
         client.check_health()
         starts.engines[0].kill("a bug")
         with pytest.raises(EngineRestartingError):
@@ -113,6 +115,7 @@ def test_a_dead_engine_is_replaced_and_meanwhile_nobody_is_told_that_all_is_well
         await until(lambda: len(starts.engines) == 2 and serves(client))
         client.check_health()
         assert client.num_restarts == 3
+        assert told == [1, 2, 3]
         assert starts.engines[0].num_closed == 1
 
     supervise(starts, test)
