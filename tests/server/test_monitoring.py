@@ -152,3 +152,9 @@ def test_compose_gives_each_what_its_configuration_names() -> None:
     assert (seen[provider["options"]["path"]] / "tympan.json").exists()
     [source] = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
+
+
+def test_the_proxy_knows_the_replicas_of_compose() -> None:
+    replicas = set(re.findall(r"server (\S+):8000", (ROOT / "deploy/nginx.conf").read_text()))
+    assert replicas == {name for name in COMPOSE["services"] if name.startswith("tympan")}
+    assert replicas == set(COMPOSE["services"]["nginx"]["depends_on"])
