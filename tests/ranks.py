@@ -67,4 +67,8 @@ def on_ranks(size: int, function: Callable[[Shard], T]) -> list[T]:
             raise
 
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, range(size)))
+        ranks = [pool.submit(run, rank) for rank in range(size)]
+    for error in (rank.exception() for rank in ranks):
+        if error is not None and not isinstance(error, threading.BrokenBarrierError):
+            raise error  # the others only wait in vain for the one that failed
+    return [rank.result() for rank in ranks]

@@ -103,7 +103,7 @@ def test_a_decoder_that_died_while_idle_is_passed_over(pool):
     pool.start(2)
     for process in decoders():
         process.send_signal(signal.SIGSEGV)
-    psutil.wait_procs(decoders(), timeout=1)
+    psutil.wait_procs(decoders(), timeout=20)
     assert len(pool.decode(WAV)) == 8_000
 
 

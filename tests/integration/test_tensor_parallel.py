@@ -19,7 +19,7 @@ from tests.integration.test_bundled import ASKED, CLIPS, ask, clip, user
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     """The bundled checkpoint on two ranks."""
-    started = start_server("--tensor-parallel-size", "2", "--device", "cpu")
+    started = start_server("--tensor-parallel-size", "2", "--device", "cpu", "--engine-restarts", "0")
     yield started
     started.process.kill()
 
