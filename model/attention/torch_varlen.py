@@ -7,16 +7,24 @@ the encoder could be served, and the backend is refused.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import varlen
 
 from model.attention.base import AttentionMetadata
 from model.attention.flash import FlashBackend
 
 CAUSAL = (-1, 0)
 """The window: all keys before a query, none behind it."""
+
+
+def _varlen_attn(*arguments: Any, **options: Any) -> Any:
+    """Imported when it is needed: it brings torch's compiler along, a second of everybody's start."""
+    from torch.nn.attention import varlen
+
+    return varlen.varlen_attn(*arguments, **options)
 
 
 class TorchVarlenBackend(FlashBackend):
@@ -27,7 +35,7 @@ class TorchVarlenBackend(FlashBackend):
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
         seq_lens = metadata.seq_lens_device
-        out = varlen.varlen_attn(
+        out = _varlen_attn(
             query,
             keys,
             values,
@@ -44,6 +52,6 @@ class TorchVarlenBackend(FlashBackend):
         return out
 
     def _attend_clips(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> Tensor:
-        out = varlen.varlen_attn(query, key, value, starts, starts, longest, longest)
+        out = _varlen_attn(query, key, value, starts, starts, longest, longest)
         assert isinstance(out, Tensor), "nothing else was asked for"
         return out
