@@ -7,6 +7,7 @@ the encoder could be served, and the backend is refused.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,9 +23,7 @@ CAUSAL = (-1, 0)
 
 def _varlen_attn(*arguments: Any, **options: Any) -> Any:
     """Imported when it is needed: it brings torch's compiler along, a second of everybody's start."""
-    from torch.nn.attention import varlen
-
-    return varlen.varlen_attn(*arguments, **options)
+    return import_module("torch.nn.attention.varlen").varlen_attn(*arguments, **options)
 
 
 class TorchVarlenBackend(FlashBackend):
