@@ -29,7 +29,7 @@ def test_every_command_has_help() -> None:
         assert "usage" in help_text.stdout.lower(), name
 
 
-@pytest.mark.parametrize("command", [["--help"], ["serve", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize("command", [["--help"], ["serve", "--help"], ["chat", "--help"]])
 def test_help_is_there_at_once(command: list[str]) -> None:
     seconds = []
     for _ in range(ATTEMPTS):
