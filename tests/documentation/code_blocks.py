@@ -40,6 +40,8 @@ _BLOCK = re.compile(
     r"```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
+DEFAULT = "http://127.0.0.1:8000"
+"""The server's address unless it is told otherwise."""
 _NOT_RUN = "not run: "
 _RUNNER = """
 import json, sys
@@ -110,8 +112,9 @@ def run_together(blocks: list[Block], ports: dict[str, str], folder: Path) -> di
         command = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("TYMPAN_")},
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{_commands(folder)}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "OPENAI_BASE_URL": f"{ports[DEFAULT]}/v1",
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
@@ -119,6 +122,15 @@ def run_together(blocks: list[Block], ports: dict[str, str], folder: Path) -> di
     names = "|".join(re.escape(block.name) for block in blocks)
     pieces = re.split(rf"^({names})\n", done.stdout, flags=re.MULTILINE)
     return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def _commands(folder: Path) -> Path:
+    """A folder with `tympan`, which tests run without having installed it."""
+    commands = folder / ".commands"
+    commands.mkdir()
+    (commands / "tympan").write_text(f'#!/bin/sh\nexec {sys.executable} -m tympan "$@"\n', encoding="utf-8")
+    (commands / "tympan").chmod(0o755)
+    return commands
 
 
 def is_printed(said: str, printed: str) -> bool:

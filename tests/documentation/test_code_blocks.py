@@ -17,7 +17,18 @@ import pytest
 from configs.settings import Settings
 from tests.integration.conftest import start_server
 
-from .code_blocks import PYTHON, REASONS, ROOT, SHELL, Block, all_blocks, blocks_of, is_printed, run_together
+from .code_blocks import (
+    DEFAULT,
+    PYTHON,
+    REASONS,
+    ROOT,
+    SHELL,
+    Block,
+    all_blocks,
+    blocks_of,
+    is_printed,
+    run_together,
+)
 
 BLOCKS = all_blocks()
 RUN = [block for block in BLOCKS if block.reason is None]
@@ -36,7 +47,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Printed]:
     threading.Thread(target=clips.serve_forever, daemon=True).start()
     address = f"127.0.0.1:{clips.server_port}"
     server = start_server("--allowed-private-media-hosts", address)
-    ports = {"http://127.0.0.1:8000": server.url, "127.0.0.1:9000": address}
+    ports = {DEFAULT: server.url, "127.0.0.1:9000": address}
     with ThreadPoolExecutor(3) as pool:
         yield {
             session: pool.submit(run_together, _blocks_of(session), ports, tmp_path_factory.mktemp("pasted"))
