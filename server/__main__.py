@@ -155,7 +155,7 @@ def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bind, and no more. The protocol is named: without it asyncio leaves Nagle's algorithm on for what is accepted."""
+    """Bind, and no more. The protocol is named: else asyncio leaves Nagle's algorithm on for what is accepted."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
