@@ -46,7 +46,7 @@ COMPARED = ("requests_per_s", "ttft_s", "time_per_output_token_s")
 SEEDS_OF_A_CELL = 1000
 FIRST_MEASURED_SEED = 100_000
 MIN_REPEATS = 3
-"""Of a batch beside transformers: the first one after a warm-up still meets new memory, and a median of two is a mean."""
+"""Of a batch beside transformers: the first still meets new memory, and the median of two is a mean."""
 
 Cell = tuple[float, int]
 

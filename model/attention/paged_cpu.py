@@ -46,8 +46,8 @@ ARGUMENTS = np.dtype(
 """What a parallel region works on: sizes, the addresses of the arrays, and those of the two counters."""
 
 AHEAD = 8
-"""Tokens whose keys or values are asked for beforehand where a thread reads some heads only: what it skips between two
-tokens keeps the processor from guessing."""
+"""Tokens by which keys and values are asked for beforehand where a thread reads some heads only: what it skips
+between two tokens keeps the processor from guessing."""
 CACHE_LINE = 64
 LOG2_E = 1.4426950408889634
 
