@@ -10,6 +10,7 @@ the cache holds; what is not a number stays so.
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,18 @@ from numba import carray, njit
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata
-from model.compiled import REASSOCIATE, as_float32, compile_region, exp2, narrow, parallel_region, pointer, take_next
+from model.compiled import (
+    REASSOCIATE,
+    as_float32,
+    compile_region,
+    exp2,
+    narrow,
+    parallel_region,
+    pointer,
+    prefetch,
+    structure,
+    take_next,
+)
 
 ARGUMENTS = np.dtype(
     [
@@ -34,7 +46,12 @@ ARGUMENTS = np.dtype(
     ]
 )
 """What a parallel region works on: sizes, the addresses of the arrays, and those of the two counters."""
+_Arguments = structure(ARGUMENTS)
 
+AHEAD = 8
+"""Tokens by which keys and values are asked for beforehand where a thread reads some heads only: what it skips
+between two tokens keeps the processor from guessing."""
+CACHE_LINE = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -45,8 +62,6 @@ class PagedAttention:
         """Compiles the kernel, once for each kind: about two seconds. dtype: bfloat16 or float32."""
         self._kernel = compile_attention(head_dim, block_size, dtype == torch.bfloat16)
         self._scratch = torch.empty(0)
-        self._counters = np.zeros(2, dtype=np.int64)
-        self._arguments = np.zeros(1, dtype=ARGUMENTS)
 
     def __call__(self, query: Tensor, kv_layer: Tensor, metadata: AttentionMetadata, num_sequences: int) -> Tensor:
         """The first `num_sequences` sequences attend causally, bottom-right, to what the cache holds.
@@ -65,18 +80,18 @@ class PagedAttention:
         if self._scratch.numel() < num_threads * scratch_per_thread:
             self._scratch = torch.empty(num_threads * scratch_per_thread)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        self._counters[:] = 0
-        self._arguments[0] = (
+        counters = (ctypes.c_int64 * 2)()
+        arguments = _Arguments(
             *(num_sequences, num_tokens, kv_layer.shape[1], block_table.shape[1]),
             *(num_heads, num_kv_heads, groups, scratch_per_thread),
             *(query.data_ptr(), query.stride(0), out.data_ptr()),
             *(kv_layer.data_ptr(), block_table.data_ptr()),
             *(metadata.query_starts.data_ptr(), metadata.seq_lens_device.data_ptr(), self._scratch.data_ptr()),
-            *(self._counters.ctypes.data, self._counters.ctypes.data + 8),
+            *(ctypes.addressof(counters), ctypes.addressof(counters) + 8),
         )
         region = parallel_region()
         assert region is not None, "the backend is chosen only where torch has this runtime"
-        region(self._kernel, self._arguments.ctypes.data, num_threads, 0)
+        region(self._kernel, ctypes.addressof(arguments), num_threads, 0)
         return out
 
 
@@ -118,14 +133,17 @@ def compile_attention(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
             row, group = item // a.num_groups, item % a.num_groups
             first, shift = group * width, group * width_kv
             blocks = block_table[row]
+            ahead = AHEAD if a.num_groups > 1 else 0
             for token in range(query_starts[row], query_starts[row + 1]):
                 for i in range(width):
                     q[i] = as_float32(query[token * a.query_stride + first + i])
                 length = seq_lens[row] - (query_starts[row + 1] - 1 - token)
-                _score(q, keys_values[0], kv_width, shift, blocks, length, share, scores, head_dim, block_size)
+                _score(
+                    q, keys_values[0], kv_width, shift, blocks, length, share, scores, head_dim, block_size, ahead
+                )
                 for head in range(heads):
                     _softmax(scores[head, :length], np.float32(scale))
-                _sum(scores, keys_values[1], kv_width, shift, blocks, length, share, o, head_dim, block_size)
+                _sum(scores, keys_values[1], kv_width, shift, blocks, length, share, o, head_dim, block_size, ahead)
                 for i in range(width):
                     out[token, first + i] = narrow(o[i]) if is_bfloat16 else o[i]
 
@@ -144,10 +162,13 @@ def _score(
     scores: Any,
     head_dim: int,
     block_size: int,
+    ahead: int,
 ) -> None:
     """scores[head, i] = query[head] . keys[i]."""
     for i in range(length):
         token = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
+        if ahead > 0:
+            _ask_for(keys, min(i + ahead, length - 1), blocks, block_size, width, shift, query.shape[0] // group)
         for head in range(scores.shape[0]):
             start = token + head // group * head_dim
             key = keys[start : start + head_dim]
@@ -170,11 +191,14 @@ def _sum(
     out: Any,
     head_dim: int,
     block_size: int,
+    ahead: int,
 ) -> None:
     """out[head] = sum over i of weights[head, i] values[i]."""
     out[:] = 0
     for i in range(length):
         token = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
+        if ahead > 0:
+            _ask_for(values, min(i + ahead, length - 1), blocks, block_size, width, shift, out.shape[0] // group)
         for head in range(weights.shape[0]):
             start = token + head // group * head_dim
             value = values[start : start + head_dim]
@@ -182,6 +206,14 @@ def _sum(
             weight = weights[head, i]
             for d in range(head_dim):
                 o[d] += weight * as_float32(value[d])
+
+
+@njit(inline="always")
+def _ask_for(cache: Any, i: int, blocks: Any, block_size: int, width: int, shift: int, size: int) -> None:
+    """Prefetch a group's heads of token i."""
+    start = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
+    for offset in range(0, size, CACHE_LINE // cache.itemsize):
+        prefetch(cache, start + offset)
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")
