@@ -187,7 +187,7 @@ def worker_of(client: ProcessEngineClient) -> int:
 
 def is_gone(pid: int) -> bool:
     """Whether a process has ended; waits a little."""
-    for _ in range(50):
+    for _ in range(300):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
@@ -210,7 +210,7 @@ async def seconds_until_dead(client: ProcessEngineClient, hurt: Callable[[], Non
     await started.wait()
     hurt()
     at = time.monotonic()
-    reason = await asyncio.wait_for(client.wait_dead(), 30)
+    reason = await asyncio.wait_for(client.wait_dead(), 90)
     took = time.monotonic() - at
     with pytest.raises(EngineDeadError):
         await answer
@@ -236,7 +236,7 @@ def test_no_rank_outlives_another(signal_number: int, rank: int, says: str, gqa_
             target = worker if rank else engine
             reason, took = await seconds_until_dead(client, lambda: os.kill(target, signal_number))
             assert re.search(says, reason), reason
-            assert took < 15
+            assert took < 60
             assert is_gone(worker)
             assert is_gone(engine)
 
