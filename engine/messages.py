@@ -224,12 +224,20 @@ class EngineFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """Engine to client, while it starts: so many of the tensors are loaded."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankReady:
     """A rank to rank 0, twice: its weights are loaded; it serves."""
 
 
 ToEngine = EngineRequest | AbortRequest | Shutdown
-FromEngine = EngineInfo | StepOutputs | EngineFailed
+FromEngine = LoadProgress | EngineInfo | StepOutputs | EngineFailed
 
 
 @dataclass(frozen=True, slots=True)

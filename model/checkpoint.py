@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from model.config import Qwen2AudioConfig
 from model.errors import CheckpointError
 from model.weight_files import tensor_files
 
@@ -20,9 +21,11 @@ def resolve_checkpoint(
 ) -> Path:
     """A local folder as it is; anything else as a hub id, downloaded with a progress bar unless cached.
 
-    Raises CheckpointError when it is neither, or lacks a file of weights that are wanted.
+    Raises CheckpointError when it is neither, or lacks a file of weights that are wanted, and ConfigError when it is
+    no Qwen2-Audio.
     """
     folder = _find(path_or_id, revision, download_dir, with_weights=with_weights)
+    Qwen2AudioConfig.from_folder(folder)
     if with_weights:
         tensor_files(folder)
     return folder
