@@ -64,6 +64,44 @@ def chat(
         module.run(_endpoint(url, api_key), files or [], model, system, sampling)
 
 
+Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")]
+DownloadDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", envvar="TYMPAN_DOWNLOAD_DIR", help="Where downloads are kept, if not in the hub's cache."),
+]
+models = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models, name="models", help="Checkpoints on this machine.")
+
+
+@models.command("list")
+def list_models(download_dir: DownloadDir = None) -> None:
+    """List the Qwen2-Audio checkpoints that are cached: size, revision, precision, and whether they are complete."""
+    with _told():
+        _module("models").show_list(download_dir)
+
+
+@models.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The checkpoint's id on the hub: owner/name.")],
+    revision: Revision = None,
+    download_dir: DownloadDir = None,
+) -> None:
+    """Fetch a checkpoint from the Hugging Face hub, what is not there yet of it, and print its folder."""
+    with _told():
+        typer.echo(_module("models").download(name, revision, download_dir))
+
+
+@models.command()
+def verify(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A folder, or the id of a checkpoint in the cache.")],
+    revision: Revision = None,
+    download_dir: DownloadDir = None,
+) -> None:
+    """Check a checkpoint: all files there, headers sane, tokenizer and configuration of one mind, sha256 where known."""
+    with _told():
+        _module("models").verify(name, revision, download_dir)
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """What ends a command becomes its exit status, and one sentence."""
