@@ -109,7 +109,8 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len:
         return CPU_KV_BYTES // model.shard.size, ""
     use = measure(args, model, block_size, max_model_len)
     return use.left(args.gpu_memory_utilization), (
-        f" or more by --gpu-memory-utilization; or lower --max-num-batched-tokens or --max-num-seqs, or set --enforce-eager: {use}"
+        " or more by --gpu-memory-utilization; or lower --max-num-batched-tokens or --max-num-seqs, "
+        f"or set --enforce-eager: {use}"
     )
 
 

@@ -136,4 +136,3 @@ def _read(connection: Connection, inbox: Inbox) -> None:
             inbox.put(channel.receive(connection))
     except (EOFError, OSError):
         inbox.put(Shutdown())
-

@@ -26,14 +26,16 @@ from engine.messages import EngineArgs
 from engine.supervisor import RestartPolicy, SupervisedEngineClient
 from model.checkpoint import resolve_checkpoint
 from model.errors import ModelError
+from server.access.key_file import KeysError
 from server.app import api_keys, create_app
-from server.connection import server_config
 from server.heap import give_large_blocks_back
-from server.key_file import KeysError
+from server.http.connection import server_config
 from server.lifecycle import LAST_WORDS_SECONDS, DrainPolicy, serve_until_end
-from server.logs import configure_logging
-from server.metrics_server import metrics_served
-from server.observers import TracingError, check_tracing
+from server.listener import ListenError, listen
+from server.observe.logs import configure_logging
+from server.observe.metrics_server import metrics_served
+from server.observe.observers import TracingError, check_tracing
+from server.start_progress import StartProgress
 from server.summary import startup_summary
 
 BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"
@@ -73,21 +75,25 @@ def run(settings: Settings) -> int:
         return asyncio.run(_run(settings))
     except (EngineStartError, ModelError) as error:
         return _fail(f"the server cannot start: {error}", EXIT_FAILED)
-    except OSError as error:
-        return _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", EXIT_FAILED)
+    except ListenError as error:
+        return _fail(str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return EXIT_SIGNAL + signal.SIGINT
 
 
 async def _run(settings: Settings) -> int:
-    listener = _listen(settings.host, settings.port)  # before minutes go into loading
+    listener = listen(settings.host, settings.port)  # before minutes go into loading
+    for_metrics = None
+    if settings.metrics_port is not None:
+        for_metrics = listen(settings.metrics_host, settings.metrics_port, "--metrics-port")
     checkpoint = find_checkpoint(settings)
-    engine = await SupervisedEngineClient.launch(
-        partial(ProcessEngineClient.start, _engine_args(settings, checkpoint)),
-        RestartPolicy(settings.engine_restarts, settings.engine_hang_timeout),
-    )
+    with StartProgress(as_json=settings.log_json) as progress:
+        engine = await SupervisedEngineClient.launch(
+            partial(ProcessEngineClient.start, engine_args(settings, checkpoint), progress),
+            RestartPolicy(settings.engine_restarts, settings.engine_hang_timeout),
+        )
     try:
-        return await _serve(settings, engine, checkpoint, listener)
+        return await _serve(settings, engine, checkpoint, listener, for_metrics)
     finally:
         await engine.close()
 
@@ -98,7 +104,8 @@ async def start_engine(settings: Settings) -> tuple[ProcessEngineClient, Path]:
     Raises ModelError and EngineStartError.
     """
     checkpoint = find_checkpoint(settings)
-    return await ProcessEngineClient.start(_engine_args(settings, checkpoint)), checkpoint
+    with StartProgress() as progress:
+        return await ProcessEngineClient.start(engine_args(settings, checkpoint), progress), checkpoint
 
 
 def find_checkpoint(settings: Settings) -> Path:
@@ -111,21 +118,29 @@ def find_checkpoint(settings: Settings) -> Path:
     )
 
 
-async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, listener: socket.socket) -> int:
+async def _serve(
+    settings: Settings,
+    engine: EngineClient,
+    checkpoint: Path,
+    listener: socket.socket,
+    for_metrics: socket.socket | None,
+) -> int:
     app = create_app(settings, engine, checkpoint)
     gc.collect()
     gc.freeze()  # what lives as long as the server: each full collection would walk it again, for 70 ms
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
+    name, has_keys = app.state.serving.model_names[0], len(api_keys(settings)) > 0
+    print(startup_summary(engine.info, name, address, has_keys=has_keys), flush=True)  # noqa: T201
     config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)
     policy = DrainPolicy(settings.drain_grace, settings.shutdown_timeout)
-    async with metrics_served(app.state.metrics, settings.metrics_host, settings.metrics_port):
+    async with metrics_served(app.state.metrics, for_metrics):
         cause = await serve_until_end(app, engine, config, listener, policy)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
 
 
-def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
+def engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
+    """What the settings say of the engine that runs `checkpoint`."""
     return EngineArgs(
         model_folder=str(checkpoint),
         load_format=settings.load_format,
@@ -151,15 +166,6 @@ def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         prompt_lookup_max=settings.prompt_lookup_max,
         seed=settings.seed,
     )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    listener.set_inheritable(True)
-    return listener
 
 
 def _is_loopback(host: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.logs import JsonFormatter
+from server.observe.logs import JsonFormatter
 
 from .conftest import Servers, audio_part, text_part, user
 

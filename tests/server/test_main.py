@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.settings import Settings
-from server.__main__ import BUNDLED_CHECKPOINT, _engine_args, main
+from server.__main__ import BUNDLED_CHECKPOINT, engine_args, main
 from server.summary import startup_summary
 
 from .fake_engine import INFO
@@ -92,7 +92,7 @@ def test_settings_reach_the_engine() -> None:
         seed=7, num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=4,
         long_prefill_token_threshold=77, tensor_parallel_size=2, enforce_eager=True,
     )  # fmt: skip
-    args = _engine_args(settings, Path("folder"))
+    args = engine_args(settings, Path("folder"))
     assert args.model_folder == "folder"
     for name in ("device", "dtype", "attention_backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
                  "async_scheduling", "kv_cache_memory_bytes", "gpu_memory_utilization", "seed",

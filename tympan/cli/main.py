@@ -67,7 +67,9 @@ def chat(
 Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")]
 DownloadDir = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", envvar="TYMPAN_DOWNLOAD_DIR", help="Where downloads are kept, if not in the hub's cache."),
+    typer.Option(
+        metavar="DIR", envvar="TYMPAN_DOWNLOAD_DIR", help="Where downloads are kept, if not in the hub's cache."
+    ),
 ]
 models = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models", help="Checkpoints on this machine.")

@@ -23,7 +23,7 @@ from model.checkpoint import resolve_checkpoint
 from model.config import Qwen2AudioConfig
 from model.errors import ModelError
 from model.weight_files import check_headers, tensor_files
-from server.prompt.consistency import check_tokenizer
+from server.prompt.consistency import check_folder
 from tympan.cli.errors import CommandError
 
 CHUNK_BYTES = 8 << 20
@@ -78,7 +78,7 @@ def fault_of(folder: Path) -> str:
     try:
         Qwen2AudioConfig.from_folder(folder)
         check_headers(folder, tensor_files(folder))
-        check_tokenizer(folder)
+        check_folder(folder)
     except ModelError as error:
         return str(error)
     return ""
