@@ -232,6 +232,26 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuReport:
+    """One GPU; memory in bytes."""
+
+    name: str
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """The answer of engine/probe.py."""
+
+    torch: str
+    cuda: str
+    """The version that torch was built for; empty for a build that knows no GPU."""
+    cpu: str
+    gpus: tuple[GpuReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RankReady:
     """A rank to rank 0, twice: its weights are loaded; it serves."""
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tokenizer and chat template are those that its model was trained with, as far as files tell."""
+"""Whether tokenizer and chat template of a checkpoint are those of its model, as far as files tell."""
 
 from __future__ import annotations
 

@@ -99,9 +99,19 @@ def verify(
     revision: Revision = None,
     download_dir: DownloadDir = None,
 ) -> None:
-    """Check a checkpoint: all files there, headers sane, tokenizer and configuration of one mind, sha256 where known."""
+    """Check a checkpoint: files, headers, whether tokenizer and configuration fit, sha256 where it is known."""
     with _told():
         _module("models").verify(name, revision, download_dir)
+
+
+@app.command(context_settings=OF_THE_SERVER, add_help_option=False)
+def doctor(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document for scripts.")] = False,
+) -> None:
+    """Explain whether `tympan serve` with the same flags would work here, and what to do if not."""
+    with _told():
+        raise typer.Exit(_module("doctor").run(context.args, as_json=as_json))
 
 
 @contextmanager

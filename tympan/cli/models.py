@@ -1,7 +1,7 @@
-"""`tympan models`: which checkpoints lie in the hub's cache, fetching one, and whether its files are what they should be.
+"""`tympan models`: which checkpoints lie in the hub's cache, fetching one, whether its files are as they should be.
 
-Only Qwen2-Audio checkpoints are listed: the cache may hold anything. Digests are known of files that the hub keeps as
-LFS objects, by the names under which its cache holds them; of other files there is nothing to compare with.
+Only Qwen2-Audio checkpoints are listed: the cache may hold anything. Digests are known of files that the hub keeps
+as LFS objects, by the names under which its cache holds them; of others there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def cached_models(download_dir: Path | None) -> list[CachedModel]:
 
 
 def fault_of(folder: Path) -> str:
-    """What keeps a checkpoint from being served, in one sentence, as `tympan serve` has it; empty when nothing does."""
+    """What keeps a checkpoint from being served, in the words of `tympan serve`; empty when nothing does."""
     try:
         Qwen2AudioConfig.from_folder(folder)
         check_headers(folder, tensor_files(folder))
@@ -118,11 +119,12 @@ def verify(name: str, revision: str | None, download_dir: Path | None) -> None:
     console.print(f"{num_tensors} tensors in {num_files} files, as index and headers say", markup=False)
     console.print("configuration, tokenizer and chat template fit each other")
     digests = dict(known_digests(folder))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("sha256", total=sum((folder / file).stat().st_size for file in digests))
         for file, expected in digests.items():
             if sha256(folder / file, lambda count: progress.advance(task, count)) != expected:
-                raise CommandError(f"{folder / file} is damaged: delete it, and `tympan models download {name}`")
+                damaged = (folder / file).resolve()
+                raise CommandError(f"{damaged} is damaged: delete it, and `tympan models download {name}`")
     if digests:
         console.print(f"sha256 of {', '.join(digests)} is the hub's", markup=False)
     else:
@@ -133,14 +135,12 @@ def known_digests(folder: Path) -> Iterator[tuple[str, str]]:
     """(file name, sha256) of the files that the hub has a digest of."""
     for path in sorted(folder.iterdir()):
         noted = folder / _LOCAL_METADATA / f"{path.name}.metadata"
+        words = noted.read_text(encoding="utf-8").split() if noted.is_file() else []
         if path.is_symlink():
-            digest = Path(os.readlink(path)).name
-        elif noted.is_file():
-            digest = (noted.read_text(encoding="utf-8").splitlines() + ["", ""])[1].strip()
-        else:
-            continue
-        if _SHA256.fullmatch(digest):
-            yield path.name, digest
+            words.append(Path(os.readlink(path)).name)
+        for word in words:
+            if _SHA256.fullmatch(word):
+                yield path.name, word
 
 
 def sha256(path: Path, advance: Callable[[int], object]) -> str:
