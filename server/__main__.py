@@ -130,6 +130,7 @@ async def _serve(
     gc.freeze()  # what lives as long as the server: each full collection would walk it again, for 70 ms
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    listener.listen()  # who reads the address may use it at once
     name, has_keys = app.state.serving.model_names[0], len(api_keys(settings)) > 0
     print(startup_summary(engine.info, name, address, has_keys=has_keys), flush=True)  # noqa: T201
     config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)

@@ -17,9 +17,12 @@ class ListenError(Exception):
 
 
 def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
-    """Bind, without accepting anything yet. flag: what sets the port. Raises ListenError."""
+    """Bind, and no more. flag: what sets the port. Raises ListenError.
+
+    The protocol is named: else asyncio leaves Nagle's algorithm on for what is accepted.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
