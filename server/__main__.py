@@ -166,6 +166,7 @@ def engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         prompt_lookup_min=settings.prompt_lookup_min,
         prompt_lookup_max=settings.prompt_lookup_max,
         seed=settings.seed,
+        log_json=settings.log_json,
     )
 
 
