@@ -29,6 +29,7 @@ from engine.supervisor import SupervisedEngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from server.access.admission import PromptQueue, Traffic
 from server.access.auth import ApiKeys
+from server.access.held_bytes import Budget
 from server.access.key_file import KeyFile
 from server.access.quota import QuotaLimits, Quotas, QuotaScope
 from server.api.openapi import make_document
@@ -36,7 +37,6 @@ from server.api.routes import allowed_methods, route_of, router
 from server.errors import to_api_error
 from server.generation.serving import Serving
 from server.http.cors import Cors
-from server.http.held_bytes import Budget
 from server.http.middleware import RequestScope
 from server.media.loader import MediaLoader
 from server.media.store import AudioStore

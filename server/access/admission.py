@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from server.access.held_bytes import Budget, HeldBytes, overloaded
 from server.errors import shutting_down
-from server.http.held_bytes import Budget, HeldBytes, overloaded
 
 
 class Traffic:

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
+from server.access.held_bytes import HeldBytes, overloaded
 from server.errors import ApiError, bad_request
-from server.http.held_bytes import HeldBytes, overloaded
 from server.http.json_body import JsonReader, unparsable
 from server.requests.parameters import REFUSED
 

@@ -17,9 +17,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from server.access.held_bytes import HeldBytes
 from server.errors import ApiError, bad_request
 from server.http.body import check_declared_size, refused_when_full, too_large
-from server.http.held_bytes import HeldBytes
 
 FILE_FIELD = "file"
 MAX_PARTS = 128
