@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 from configs.settings import Settings
 from server.__main__ import BUNDLED_CHECKPOINT, engine_args, main
 from server.listener import listen
+from server.start_progress import StartProgress
 from server.summary import startup_summary
 
 from .fake_engine import INFO
@@ -138,3 +141,45 @@ def test_summary_tells_how_much_fits() -> None:
         replace(info, cuda_graphs="11 of decode steps"), "", ""
     )
     assert "curl http://127.0.0.1:8000/v1/chat/completions" in summary
+
+
+def test_the_request_to_paste_survives_the_shell() -> None:
+    summary = startup_summary(INFO, "it's", "http://127.0.0.1:1", has_keys=True)
+    command = summary.splitlines()[-1].strip()
+    words = subprocess.run(
+        ["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; OPENAI_API_KEY=secret; {command}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert words[:5] == [
+        "http://127.0.0.1:1/v1/chat/completions", "-H", "Content-Type: application/json",
+        "-H", "Authorization: Bearer secret",
+    ]  # fmt: skip
+    assert json.loads(words[-1])["model"] == "it's"
+
+
+def test_a_start_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with StartProgress() as progress:
+        progress(3, 532)
+        progress(532, 532)
+    shown = capsys.readouterr().err
+    assert "532/532" in shown
+    assert "getting ready" in shown
+
+
+@pytest.mark.parametrize(("is_terminal", "as_json"), [(False, False), (True, True)])
+def test_elsewhere_it_is_two_log_lines(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    is_terminal: bool,
+    as_json: bool,
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    with caplog.at_level(logging.INFO), StartProgress(as_json=as_json) as progress:
+        progress(3, 532)
+        progress(532, 532)
+    assert [record.getMessage() for record in caplog.records] == ["starting the engine", "loaded 532 tensors"]
+    assert capsys.readouterr().err == ""
