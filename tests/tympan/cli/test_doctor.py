@@ -86,7 +86,8 @@ def tympan(*arguments: str) -> subprocess.Popen[str]:
 def test_a_broken_setup_is_one_sentence_here_and_in_serve(setup: Setup, tmp_path: Path) -> None:
     flags, told = setup(tmp_path)
     examined, served = tympan("doctor", "--json", "--port", "0", *flags), tympan("serve", "--port", "0", *flags)
-    report, shown = json.loads(examined.communicate(timeout=WAIT_SECONDS)[0]), served.communicate(timeout=WAIT_SECONDS)[1]
+    report = json.loads(examined.communicate(timeout=WAIT_SECONDS)[0])
+    shown = served.communicate(timeout=WAIT_SECONDS)[1]
     assert (examined.returncode, served.returncode) == (1, 1)
     assert not report["ok"]
     assert [check["text"] for check in report["checks"] if check["state"] == "failed"] == [told]
