@@ -12,7 +12,7 @@ import base64
 import json
 import os
 import platform
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -21,7 +21,6 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from configs.command_line import SettingsError, load_settings
 from configs.settings import Settings
 from engine import channel
 from engine.errors import EngineStartError
@@ -39,13 +38,9 @@ from server.observe.observers import TracingError, check_tracing
 from server.prompt.consistency import check_folder
 from server.summary import num_concurrent_requests
 from server.version import VERSION
-from tympan.cli.errors import EXIT_FAILED, EXIT_USAGE, CommandError
+from tympan.cli.errors import EXIT_FAILED
 from tympan.session import BASE_URL
 
-DESCRIPTION = (
-    "Check whether `tympan serve` with these flags would start, and why not; --json prints one JSON document. Exit "
-    "status: 0 when nothing failed, 1 when something did, 2 for wrong settings."
-)
 SELF_TEST_CLIP = Path(__file__).with_name("self_test.flac")
 SELF_TEST_QUESTION = "What does the person say?"
 SELF_TEST_WORDS = "four two seven"
@@ -72,12 +67,8 @@ class Check:
     text: str
 
 
-def run(arguments: Sequence[str], *, as_json: bool) -> int:
-    """Examine and report. -> exit status. Raises CommandError for wrong settings."""
-    try:
-        settings = load_settings(arguments, prog="tympan doctor", description=DESCRIPTION)
-    except SettingsError as error:
-        raise CommandError(str(error), status=EXIT_USAGE) from None
+def run(settings: Settings, *, as_json: bool) -> int:
+    """Examine and report. -> exit status."""
     checks = asyncio.run(_report(settings, as_json=as_json))
     is_well = all(check.state is not State.FAILED for check in checks)
     if as_json:

@@ -29,6 +29,8 @@ app = typer.Typer(
 OF_THE_SERVER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """Flags are the server's own (configs/settings.py); typer hands them over as they are."""
 
+DOCTORS_OWN = "With --json, as one JSON document. Exit status: 0 when nothing failed, 1 when something did."
+
 Url = Annotated[str, typer.Option(metavar="URL", envvar="OPENAI_BASE_URL", help="The server's address, up to /v1.")]
 ApiKey = Annotated[
     str | None,
@@ -42,7 +44,8 @@ DEFAULT_URL = "http://127.0.0.1:8000/v1"
 def serve(context: typer.Context) -> None:
     """Serve a checkpoint over OpenAI's API; without flags, the small one that is bundled."""
     with _told():
-        raise typer.Exit(_module("serve").run(context.args))
+        settings = _module("settings").load(context.args, "tympan serve")
+        raise typer.Exit(importlib.import_module("server.__main__").run(settings))
 
 
 @app.command()
@@ -175,7 +178,8 @@ def doctor(
 ) -> None:
     """Explain whether `tympan serve` with the same flags would work here, and what to do if not."""
     with _told():
-        raise typer.Exit(_module("doctor").run(context.args, as_json=as_json))
+        settings = _module("settings").load(context.args, "tympan doctor", f"{context.command.help} {DOCTORS_OWN}")
+        raise typer.Exit(_module("doctor").run(settings, as_json=as_json))
 
 
 @contextmanager

@@ -7,20 +7,17 @@ from contextlib import asynccontextmanager
 
 import httpx
 
-from configs.command_line import SettingsError, load_settings
 from engine.errors import EngineStartError
 from model.errors import ModelError
-from tympan.cli.errors import EXIT_USAGE, CommandError
+from tympan.cli.errors import CommandError
+from tympan.cli.settings import load
 from tympan.session import in_process
 
 
 @asynccontextmanager
 async def client(arguments: Sequence[str], max_upload_mb: float) -> AsyncIterator[httpx.AsyncClient]:
     """With the settings of `tympan serve`, but for the largest upload. Raises CommandError."""
-    try:
-        settings = load_settings(arguments, prog="tympan transcribe")
-    except SettingsError as error:
-        raise CommandError(str(error), status=EXIT_USAGE) from None
+    settings = load(arguments, "tympan transcribe")
     settings = settings.model_copy(update={"max_upload_mb": max(settings.max_upload_mb, max_upload_mb)})
     try:
         async with in_process(settings) as connected:
