@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -68,6 +68,7 @@ def decodes(*lengths: int, pending: bool = False, spare: int = 0) -> InputBatch:
     return build_input_batch(SchedulerOutput(tuple(items)), P)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, MAX_LEN), min_size=1, max_size=MAX_SEQS), st.integers(0, 3), st.booleans())
 def test_padding_keeps_the_batch_and_adds_rows_that_do_nothing(
     lengths: list[int], spare: int, pending: bool
