@@ -13,7 +13,7 @@ TOPOLOGY := .topology
 TOOLS := .tools
 LOCKED := --quiet --disable-pip-version-check --require-hashes --no-deps --requirement
 
-.PHONY: help setup serve test clients topology peers bench gpu lint types check lock clean
+.PHONY: help setup serve test docs clients topology peers bench gpu lint types check lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -71,6 +71,9 @@ bench: $(VENV)/.dev ## the CPU benchmarks, within 15 minutes: JSON and a picture
 gpu: $(VENV)/.dev ## on a machine with a GPU: the tests that need one, then every benchmark (docs/gpu.md)
 	@$(BIN)/python -m pytest -m gpu; tests=$$?; $(BIN)/python -m benchmarks.gpu all $(ARGS) && exit $$tests
 
+docs: $(VENV)/.dev ## build the documentation in site/, its links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,7 +81,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types test ## lint, types and tests
+check: lint types docs test ## lint, types, documentation and tests
 
 # What tools/ runs on.
 $(TOOLS)/.done: requirements/tools.txt
@@ -90,4 +93,4 @@ lock: $(TOOLS)/.done ## lock what pyproject.toml asks for; make lock ARGS=--upgr
 	PATH="$(abspath $(TOOLS))/bin:$$PATH" $(TOOLS)/bin/python -m tools.lock "$(firstword $(TORCH))" $(ARGS)
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) $(TOOLS) .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) $(TOOLS) .peers build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

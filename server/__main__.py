@@ -48,13 +48,21 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Run the server. -> exit status."""
+    """Run the server that the command line asks for. -> exit status."""
     try:
         settings = load_settings(sys.argv[1:])
+    except SettingsError as error:
+        return _fail(str(error), EXIT_USAGE)
+    return run(settings)
+
+
+def run(settings: Settings) -> int:
+    """Run the server until it ends. -> exit status."""
+    try:
         if settings.otlp_traces_endpoint:
             check_tracing()
         is_closed = len(api_keys(settings)) > 0  # what is wrong with keys is told before minutes go into loading
-    except (SettingsError, KeysError, TracingError) as error:
+    except (KeysError, TracingError) as error:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level, as_json=settings.log_json)
     give_large_blocks_back()
