@@ -90,7 +90,7 @@ $(TOOLS)/.done: requirements/tools.txt
 	@touch $@
 
 lock: $(TOOLS)/.done ## lock what pyproject.toml asks for; make lock ARGS=--upgrade
-	PATH="$(abspath $(TOOLS))/bin:$$PATH" $(TOOLS)/bin/python -m tools.lock "$(firstword $(TORCH))" $(ARGS)
+	$(TOOLS)/bin/python -m tools.lock "$(firstword $(TORCH))" $(ARGS)
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) $(TOOLS) .peers build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""Write the lock files from pyproject.toml and the Makefile's torch: `make lock`; `make lock ARGS=--upgrade` renews all.
+"""Write the lock files from pyproject.toml and the Makefile's torch: `make lock`, or `make lock ARGS=--upgrade`.
 
-Without `--upgrade` what is locked stays as it is, and only what pyproject.toml has gained or lost changes. The files hold
-for Python 3.11 to 3.13 on any platform; hashes are those of all files that the index has of a version.
+Without `--upgrade` what is locked stays as it is, and only what pyproject.toml has gained or lost changes. The files
+hold for Python 3.11 to 3.13 on any platform; hashes are those of all files that the index has of a version.
 """
 
 from __future__ import annotations
@@ -15,8 +15,18 @@ from pathlib import Path
 
 from tools.locked import DEV, ROOT, RUNTIME, TOOLS, TORCH
 
-HEADER = "# Written by `make lock` from pyproject.toml: change that, not this. tools/locked.py says what is in which file.\n"
-COMPILE = ["uv", "pip", "compile", "--quiet", "--no-header", "--universal", "--python-version", "3.11", "--generate-hashes"]
+HEADER = "# Written by `make lock` from pyproject.toml: change that, not this. tools/locked.py says what is where.\n"
+UV = str(Path(sys.executable).with_name("uv"))
+COMPILE = [
+    UV,
+    "pip",
+    "compile",
+    "--quiet",
+    "--no-header",
+    "--universal",
+    "--python-version=3.11",
+    "--generate-hashes",
+]
 CUDA = re.compile(r"torch$|triton$|nvidia-|cuda-")  # what torch needs on a GPU only
 
 Blocks = list[tuple[str, str]]  # (name of a package, its lines)
@@ -32,8 +42,8 @@ def main(torch: str, options: list[str]) -> None:
 
     beside = ["--constraints", str(RUNTIME), "--constraints", str(TORCH)]
     testing = _resolve(["pyproject.toml", "--group", "dev", *beside], [DEV], options)
-    here_already = {name for name, _ in serving} - {"triton"}  # its kernels are tested where torch has no CUDA
-    _write(DEV, [block for block in testing if block[0] not in here_already])
+    here_already = {_head(text) for name, text in serving if name != "triton"}  # tested where torch has no CUDA, too
+    _write(DEV, [(name, text) for name, text in testing if _head(text) not in here_already and name != "torch"])
     _write(TOOLS, _resolve(["--group", "tools"], [TOOLS], options))
 
 
@@ -47,6 +57,11 @@ def _resolve(sources: list[str], kept: list[Path], options: list[str], extra: st
         text = Path(file.name).read_text()
     blocks = re.split(r"^(?=[a-z0-9])", text.replace(f"{ROOT}/", ""), flags=re.MULTILINE)
     return [(block.split("==")[0], block) for block in blocks if block]
+
+
+def _head(block: str) -> str:
+    """The version and its marker: a package may be needed in more places by tests than by serving."""
+    return block.partition(" \\\n")[0]
 
 
 def _write(path: Path, blocks: Blocks) -> None:
