@@ -122,7 +122,7 @@ def _unfilled(
     with torch.device("meta"):
         model = Qwen2Audio(config, backend, shard)
     if has_head:
-        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(model.lm_head.weight.shape, device="meta"))
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     if not has_head:  # leaving the meta device gave each module a parameter of its own
         model.lm_head.weight = model.decoder.embed_tokens.weight

@@ -35,6 +35,7 @@ from server.auth import ApiKeys
 from server.chat_template import ChatTemplate
 from server.cors import Cors
 from server.errors import to_api_error
+from server.held_bytes import Budget
 from server.key_file import KeyFile
 from server.media import MediaLoader
 from server.metrics import Metrics
@@ -67,7 +68,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     keys = api_keys(settings)
     loader = _audio_loader(settings, keys)
     quotas = Quotas(_quota_limits(settings))
-    serving = _serving(settings, engine, checkpoint, _media(settings, loader, keys, quotas))
+    serving = _serving(settings, engine, checkpoint, _media(settings, engine, loader, keys, quotas))
     metrics = Metrics(engine, serving.model_names[0])
     tracer = start_tracer(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
     observers: list[RequestObserver] = [metrics, AccessLog(), *((tracer,) if tracer else ())]
@@ -84,7 +85,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.serving = serving
     app.state.transcriber = _transcriber(settings, serving, loader)
-    app.state.traffic = Traffic(engine.info.max_num_seqs + settings.max_num_queued_reqs)
+    app.state.traffic = _traffic(settings, engine)
     app.state.metrics = metrics
     if isinstance(engine, SupervisedEngineClient):
         engine.on_restart = metrics.engine_restarted
@@ -112,6 +113,14 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
 def api_keys(settings: Settings) -> ApiKeys:
     """The keys that the settings name. Raises KeysError."""
     return ApiKeys(settings.api_key, KeyFile(Path(settings.api_key_file)) if settings.api_key_file else None)
+
+
+def _traffic(settings: Settings, engine: EngineClient) -> Traffic:
+    return Traffic(
+        engine.info.max_num_seqs + settings.max_num_queued_reqs,
+        Budget(settings.max_body_memory_mb * MIB),
+        Budget(settings.max_body_disk_mb * MIB),
+    )
 
 
 def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, media: MediaLoader) -> Serving:
@@ -185,13 +194,16 @@ def _audio_loader(settings: Settings, keys: ApiKeys) -> AudioLoader:
     )
 
 
-def _media(settings: Settings, loader: AudioLoader, keys: ApiKeys, quotas: Quotas) -> MediaLoader:
+def _media(
+    settings: Settings, engine: EngineClient, loader: AudioLoader, keys: ApiKeys, quotas: Quotas
+) -> MediaLoader:
     return MediaLoader(
         loader,
         max_clips=settings.max_audio_clips,
         store=_audio_store(settings, keys),
         long_audio=settings.long_audio,
         max_request_seconds=settings.max_audio_seconds_per_request,
+        max_request_tokens=engine.info.max_model_len,
         quotas=quotas,
     )
 

@@ -82,7 +82,8 @@ class RequestScope:
                 scope["state"]["caller"] = caller
                 check_header_size(scope)
                 self._traffic.check_welcome()
-            with self._traffic.place(scope["method"]):
+            with self._traffic.place(scope["method"]) as held:
+                scope["state"]["held"] = held
                 await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             record.status = CLIENT_GONE

@@ -35,6 +35,7 @@ TORCH_FREE_ENGINE = {
     "engine.errors",
     "engine.guidance",
     "engine.input_batch",
+    "engine.log_lines",
     "engine.long_lane",
     "engine.messages",
     "engine.plan",

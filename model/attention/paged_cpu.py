@@ -43,7 +43,7 @@ class PagedAttention:
 
     def __init__(self, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
         """Compiles the kernel, once for each kind: about two seconds. dtype: bfloat16 or float32."""
-        self._kernel = _compile(head_dim, block_size, dtype == torch.bfloat16)
+        self._kernel = compile_attention(head_dim, block_size, dtype == torch.bfloat16)
         self._scratch = torch.empty(0)
         self._counters = np.zeros(2, dtype=np.int64)
         self._arguments = np.zeros(1, dtype=ARGUMENTS)
@@ -59,16 +59,16 @@ class PagedAttention:
         num_tokens, num_heads, head_dim = query.shape
         num_kv_heads = kv_layer.shape[3]
         block_table = metadata.block_table
-        num_groups = _num_groups(num_kv_heads, num_threads, num_sequences)
+        groups = num_groups(num_kv_heads, num_threads, num_sequences)
         longest = block_table.shape[1] * kv_layer.shape[2]
-        scratch_per_thread = num_heads // num_groups * (longest + 2 * head_dim)
+        scratch_per_thread = num_heads // groups * (longest + 2 * head_dim)
         if self._scratch.numel() < num_threads * scratch_per_thread:
             self._scratch = torch.empty(num_threads * scratch_per_thread)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self._counters[:] = 0
         self._arguments[0] = (
             *(num_sequences, num_tokens, kv_layer.shape[1], block_table.shape[1]),
-            *(num_heads, num_kv_heads, num_groups, scratch_per_thread),
+            *(num_heads, num_kv_heads, groups, scratch_per_thread),
             *(query.data_ptr(), query.stride(0), out.data_ptr()),
             *(kv_layer.data_ptr(), block_table.data_ptr()),
             *(metadata.query_starts.data_ptr(), metadata.seq_lens_device.data_ptr(), self._scratch.data_ptr()),
@@ -80,7 +80,7 @@ class PagedAttention:
         return out
 
 
-def _num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
+def num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
     """As few as give every thread an item: a divisor of the KV heads."""
     return next(
         (n for n in range(1, num_kv_heads) if num_kv_heads % n == 0 and n * num_sequences >= num_threads),
@@ -89,7 +89,7 @@ def _num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
 
 
 @cache
-def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
+def compile_attention(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
     """-> address of a C function that takes a pointer to ARGUMENTS. Constants to the compiler, these."""
     scale = LOG2_E / head_dim**0.5
     kind = np.int16 if is_bfloat16 else np.float32

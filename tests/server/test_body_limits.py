@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.body import MAX_JSON_OBJECTS, MAX_JSON_VALUES
+from server.json_body import MAX_JSON_OBJECTS, MAX_JSON_VALUES
 from server.tokenization import MAX_TOKENS
 
 from .conftest import Served, Servers, text_part, user
