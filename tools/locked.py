@@ -1,9 +1,9 @@
 """The lock files: which packages, which versions, which files of them.
 
-`runtime.txt` is all that serving needs but torch, with `setuptools`, which builds the project. `torch.txt` is torch's
-build with CUDA and the libraries it brings, for the image; elsewhere which build is right is the machine's business.
-`dev.txt` is what tests, lint and types need beside `runtime.txt`; `tools.txt` is what this folder's modules run on, in
-an environment of its own.
+`runtime.txt` is all that serving needs but torch, with `setuptools`, which builds the project. `torch.txt` is torch
+for CUDA with the libraries that it brings, for the image; elsewhere which build is right is the machine's business.
+`dev.txt` is what tests, lint and types need beside `runtime.txt`; `tools.txt` is what this folder's modules run on,
+in an environment of its own.
 """
 
 from __future__ import annotations

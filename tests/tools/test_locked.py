@@ -1,4 +1,4 @@
-"""The lock files hold what pyproject.toml asks for, all that this needs in turn, and nothing else; each with hashes."""
+"""The lock files hold what pyproject.toml asks for, all that this needs in turn, and no more; with hashes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def here(path: Path) -> dict[str, Locked]:
 
 
 def reached(wanted: Iterable[str], known: dict[str, Locked]) -> set[str]:
-    """Names of what requirements need in turn, as the installed packages say; each is locked to a version that fits."""
+    """Names of what requirements need in turn, as the installed packages say. Their locked versions fit."""
     names: set[str] = set()
     seen: set[str] = set()
     waiting = [(Requirement(text), "") for text in wanted]
