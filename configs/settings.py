@@ -208,6 +208,9 @@ class Settings(BaseModel):
         "default: none",
         metavar="ORIGIN",
     )
+    playground: bool = _setting(
+        "server", True, "serve the page for people under / and its files under /static/, which need no key"
+    )
     max_requests_per_minute: int | None = _setting(
         "server", None, "most requests (POST) of one key in a minute; default: no limit", ge=1
     )

@@ -42,6 +42,7 @@ from server.metrics import Metrics
 from server.middleware import RequestScope
 from server.observers import start_tracer
 from server.openapi import make_document
+from server.playground import Playground
 from server.prompt import PromptBuilder
 from server.quota import QuotaLimits, Quotas, QuotaScope
 from server.request_record import RequestObserver
@@ -69,7 +70,7 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     loader = _audio_loader(settings, keys)
     quotas = Quotas(_quota_limits(settings))
     serving = _serving(settings, engine, checkpoint, _media(settings, engine, loader, keys, quotas))
-    metrics = Metrics(engine, serving.model_names[0])
+    metrics = _metrics(engine, serving.model_names[0])
     tracer = start_tracer(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
     observers: list[RequestObserver] = [metrics, AccessLog(), *((tracer,) if tracer else ())]
 
@@ -87,13 +88,13 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app.state.transcriber = _transcriber(settings, serving, loader)
     app.state.traffic = _traffic(settings, engine)
     app.state.metrics = metrics
-    if isinstance(engine, SupervisedEngineClient):
-        engine.on_restart = metrics.engine_restarted
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
     app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
     app.state.openapi = make_document(router.routes, has_keys=len(keys) > 0)
     app.include_router(router)
+    playground = Playground(is_on=settings.playground)
+    app.router.routes.extend(playground.routes)
     app.add_exception_handler(HTTPException, _refuse)
     if quotas.has_limits:
         app.add_middleware(QuotaScope, quotas=quotas)
@@ -101,7 +102,8 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
         RequestScope,
         keys=keys,
         traffic=app.state.traffic,
-        route_of=route_of,
+        route_of=lambda scope: playground.route_of(scope["path"]) or route_of(scope),
+        is_open=playground.is_open,
         observers=observers,
         meter=metrics,
     )
@@ -144,6 +146,13 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, media: 
         queue=PromptQueue(settings.max_num_queued_tokens),
         time_limit_s=settings.request_timeout or None,
     )
+
+
+def _metrics(engine: EngineClient, model_name: str) -> Metrics:
+    metrics = Metrics(engine, model_name)
+    if isinstance(engine, SupervisedEngineClient):
+        engine.on_restart = metrics.engine_restarted
+    return metrics
 
 
 def _generation_defaults(settings: Settings, checkpoint: Path, tokenizer: Tokenizer) -> GenerationConfig:
@@ -225,6 +234,6 @@ def _audio_store(settings: Settings, keys: ApiKeys) -> AudioStore:
 async def _refuse(request: Request, error: Exception) -> Response:
     told = to_api_error(error)
     request.state.record.refusal = str(told.status)
-    if told.status == 405:
-        told = replace(told, headers={"Allow": ", ".join(allowed_methods(request.scope))})
+    if told.status == 405 and (methods := allowed_methods(request.scope)):
+        told = replace(told, headers={"Allow": ", ".join(methods)})
     return told.response()
