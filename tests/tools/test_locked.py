@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import tomllib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def group(name: str) -> list[str]:
     return [member for member in members if isinstance(member, str)] + [one for list_ in included for one in list_]
 
 
+@cache
 def here(path: Path) -> dict[str, Locked]:
     """What a file has for this Python on this machine."""
     return {package.name: package for package in read(path) if package.is_here}
