@@ -69,6 +69,8 @@ bench: $(VENV)/.dev ## the CPU benchmarks, within 15 minutes: JSON and a picture
 	$(BIN)/python -m benchmarks.cpu_set $(ARGS)
 
 gpu: $(VENV)/.dev ## on a machine with a GPU: the tests that need one, then every benchmark (docs/gpu.md)
+	@$(BIN)/python -m benchmarks.gpu all --plan $(ARGS)
+	@echo "before them, the tests that need a GPU, for which every kernel is compiled: how long is unmeasured"
 	@$(BIN)/python -m pytest -m gpu; tests=$$?; $(BIN)/python -m benchmarks.gpu all $(ARGS) && exit $$tests
 
 docs: $(VENV)/.dev ## build the documentation in site/, its links checked
