@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import logging
 import signal
 import socket
@@ -30,6 +29,7 @@ from server.access.key_file import KeysError
 from server.app import api_keys, create_app
 from server.heap import give_large_blocks_back
 from server.http.connection import server_config
+from server.http.cross_site import is_loopback
 from server.lifecycle import LAST_WORDS_SECONDS, DrainPolicy, serve_until_end
 from server.listener import ListenError, listen
 from server.observe.logs import configure_logging
@@ -68,7 +68,7 @@ def run(settings: Settings) -> int:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level, as_json=settings.log_json)
     give_large_blocks_back()
-    if not is_closed and not _is_loopback(settings.host):
+    if not is_closed and not is_loopback(settings.host):
         logger.warning("open to all who reach %s: set --api-key or --api-key-file", settings.host)
     signal.signal(signal.SIGTERM, _stop_loading)  # until the server has its own handlers
     try:
@@ -135,7 +135,7 @@ async def _serve(
     print(startup_summary(engine.info, name, address, has_keys=has_keys), flush=True)  # noqa: T201
     config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)
     policy = DrainPolicy(settings.drain_grace, settings.shutdown_timeout)
-    async with metrics_served(app.state.metrics, for_metrics):
+    async with metrics_served(app.state.metrics, for_metrics, server_config):
         cause = await serve_until_end(app, engine, config, listener, policy)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
 
@@ -168,13 +168,6 @@ def engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         seed=settings.seed,
         log_json=settings.log_json,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _stop_loading(sig: int, _: FrameType | None) -> NoReturn:

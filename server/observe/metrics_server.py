@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import uvicorn
@@ -33,8 +33,13 @@ class _Bystander(uvicorn.Server):
 
 
 @asynccontextmanager
-async def metrics_served(metrics: Metrics, listener: socket.socket | None) -> AsyncIterator[None]:
-    """Serve them meanwhile on `listener`, which is closed at the end; without one, nothing."""
+async def metrics_served(
+    metrics: Metrics, listener: socket.socket | None, config_of: Callable[..., uvicorn.Config]
+) -> AsyncIterator[None]:
+    """Serve them meanwhile on `listener`, which is closed at the end; without one, nothing.
+
+    config_of: how an application is served: with the deadlines of the server's own port.
+    """
     if listener is None:
         yield
         return
@@ -45,15 +50,7 @@ async def metrics_served(metrics: Metrics, listener: socket.socket | None) -> As
 
     with listener:
         app = Starlette(routes=[Route("/metrics", read_metrics)])
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            limit_concurrency=MAX_CONNECTIONS,
-        )
-        server = _Bystander(config)
+        server = _Bystander(config_of(app, lifespan="off", limit_concurrency=MAX_CONNECTIONS))
         serving = asyncio.create_task(server.serve([listener]))
         logger.info("metrics on port %d", listener.getsockname()[1])
         try:

@@ -33,6 +33,7 @@ from model.weight_files import check_headers, tensor_files
 from server.__main__ import BUNDLED_CHECKPOINT, start_engine
 from server.access.key_file import KeysError
 from server.app import api_keys, create_app
+from server.http.cross_site import is_loopback
 from server.listener import ListenError, listen
 from server.observe.observers import TracingError, check_tracing
 from server.prompt.consistency import check_folder
@@ -191,7 +192,7 @@ def _access(settings: Settings) -> Check:
         return Check("access", State.FAILED, str(error))
     if num_keys:
         return Check("access", State.OK, f"{num_keys} API key(s)")
-    if settings.host in ("127.0.0.1", "::1", "localhost"):
+    if is_loopback(settings.host):
         return Check("access", State.OK, "no API key, and open to this machine only")
     return Check("access", State.WARNING, f"open to all who reach {settings.host}: set --api-key or --api-key-file")
 
