@@ -33,9 +33,9 @@ from model.kv_cache import allocate_kv_cache
 from model.loader import load_model
 from model.quantization.fp8_linear import round_to_fp8
 from model.qwen2_audio import Qwen2Audio
-from server.chat_template import AUDIO, ChatTemplate, Turn
-from server.prompt import PromptBuilder
-from server.tokenizer import Tokenizer
+from server.prompt.builder import PromptBuilder
+from server.prompt.chat_template import AUDIO, ChatTemplate, Turn
+from server.prompt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / "checkpoints" / "tympan-tiny"

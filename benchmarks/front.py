@@ -47,12 +47,12 @@ from engine import channel
 from engine.messages import AudioClip, EngineRequest, SamplingParams
 from model.config import num_audio_tokens
 from server.__main__ import BUNDLED_CHECKPOINT
-from server.body import validate_json
-from server.chat_template import AUDIO, ChatTemplate, Turn
-from server.json_body import JsonReader
-from server.prompt import PromptBuilder
-from server.schema import ChatRequest
-from server.tokenizer import Tokenizer
+from server.http.body import validate_json
+from server.http.json_body import JsonReader
+from server.prompt.builder import PromptBuilder
+from server.prompt.chat_template import AUDIO, ChatTemplate, Turn
+from server.prompt.tokenizer import Tokenizer
+from server.requests.schema import ChatRequest
 
 SECONDS = (2.0, 10.0, 30.0)
 RATES = {"wav": 16_000, "mp3": 44_100, "opus": 48_000}

@@ -34,8 +34,8 @@ from benchmarks.make_checkpoint import BUNDLED, write_checkpoint
 from benchmarks.report import finish, percentiles
 from engine.client import InlineEngineClient
 from engine.messages import EngineArgs, EngineRequest, SamplingParams
-from server.structured import GrammarCompiler
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
+from server.structured.compiler import GrammarCompiler
 
 LIMIT_S = 10.0
 MAX_TOKENS = 200

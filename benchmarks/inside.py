@@ -24,7 +24,7 @@ from configs.settings import Settings
 from engine.client import ProcessEngineClient
 from server.__main__ import start_engine
 from server.app import create_app
-from server.connection import server_config
+from server.http.connection import server_config
 from server.lifecycle import DrainingServer, DrainPolicy
 
 POLL_S = 0.05

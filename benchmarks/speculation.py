@@ -37,7 +37,7 @@ from engine.prompt_lookup import PromptLookup
 from engine.sequence import Sequence
 from engine.speculation import NO_SPECULATION, Speculation
 from model.config import Qwen2AudioConfig, num_audio_tokens
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
 
 SPEECH = Path(__file__).parent.parent / "tests" / "fixtures" / "speech"
 QUESTION = "Transcribe the audio."

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from server.openapi import make_document
-from server.routes import router
+from server.api.openapi import make_document
+from server.api.routes import router
 
 Json = Mapping[str, Any]
 HEAD = """# Every field

@@ -23,7 +23,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. Ranges are checked where requests enter (server/schema.py)."""
+    """How to choose tokens. Ranges are checked where requests enter (server/requests/schema.py)."""
 
     max_tokens: int
     """At least 1. The caller has fitted it to the context."""
@@ -48,7 +48,7 @@ class SamplingParams:
     logprobs: int | None = None
     """None: none. n >= 0: the sampled token's, and the n best's, before temperature and penalties."""
     grammar: str | None = None
-    """What the answer must match, as llguidance serializes it (server/structured.py makes it). None: anything."""
+    """What the answer must match, as llguidance serializes it (server/structured/ makes it). None: anything."""
 
 
 @dataclass(frozen=True, slots=True)

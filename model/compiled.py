@@ -88,6 +88,22 @@ def take_next(_typing: Any, _address: Any) -> Any:
 
 
 @intrinsic
+def prefetch(_typing: Any, _array: Any, _index: Any) -> Any:
+    """Ask for the cache line of an array's element. Nothing waits for it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        element = builder.bitcast(builder.gep(array.data, [arguments[1]]), cgutils.voidptr_t)
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [element, word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(_array, types.int64), codegen
+
+
+@intrinsic
 def start_region(_typing: Any, _start: Any, _kernel: Any, _arguments: Any, _num_threads: Any) -> Any:
     """`parallel_region`, whose address is given, from compiled code: a kernel, its arguments, threads; all int64."""
 

@@ -26,14 +26,14 @@ from engine.messages import EngineArgs
 from engine.supervisor import RestartPolicy, SupervisedEngineClient
 from model.checkpoint import resolve_checkpoint
 from model.errors import ModelError
+from server.access.key_file import KeysError
 from server.app import api_keys, create_app
-from server.connection import server_config
 from server.heap import give_large_blocks_back
-from server.key_file import KeysError
+from server.http.connection import server_config
 from server.lifecycle import LAST_WORDS_SECONDS, DrainPolicy, serve_until_end
-from server.logs import configure_logging
-from server.metrics_server import metrics_served
-from server.observers import TracingError, check_tracing
+from server.observe.logs import configure_logging
+from server.observe.metrics_server import metrics_served
+from server.observe.observers import TracingError, check_tracing
 from server.summary import startup_summary
 
 BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"

@@ -28,30 +28,30 @@ from engine.client import EngineClient
 from engine.supervisor import SupervisedEngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
-from server.access_log import AccessLog
-from server.admission import PromptQueue, Traffic
-from server.audio_store import AudioStore
-from server.auth import ApiKeys
-from server.chat_template import ChatTemplate
-from server.cors import Cors
+from server.access.admission import PromptQueue, Traffic
+from server.access.auth import ApiKeys
+from server.access.held_bytes import Budget
+from server.access.key_file import KeyFile
+from server.access.quota import QuotaLimits, Quotas, QuotaScope
+from server.api.openapi import make_document
+from server.api.routes import allowed_methods, route_of, router
 from server.errors import to_api_error
-from server.held_bytes import Budget
-from server.key_file import KeyFile
-from server.media import MediaLoader
-from server.metrics import Metrics
-from server.middleware import RequestScope
-from server.observers import start_tracer
-from server.openapi import make_document
+from server.generation.serving import Serving
+from server.http.cors import Cors
+from server.http.middleware import RequestScope
+from server.media.loader import MediaLoader
+from server.media.store import AudioStore
+from server.observe.access_log import AccessLog
+from server.observe.metrics import Metrics
+from server.observe.observers import start_tracer
+from server.observe.request_record import RequestObserver
 from server.playground import Playground
-from server.prompt import PromptBuilder
-from server.quota import QuotaLimits, Quotas, QuotaScope
-from server.request_record import RequestObserver
-from server.routes import allowed_methods, route_of, router
-from server.serving import Serving
-from server.structured import GrammarCompiler
-from server.tokenizer import Tokenizer
-from server.transcriber import Transcriber
-from server.transcription_prompt import Recipe
+from server.prompt.builder import PromptBuilder
+from server.prompt.chat_template import ChatTemplate
+from server.prompt.tokenizer import Tokenizer
+from server.structured.compiler import GrammarCompiler
+from server.transcription.recipe import Recipe
+from server.transcription.transcriber import Transcriber
 
 MIB = 1 << 20
 

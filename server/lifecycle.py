@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from engine.client import EngineClient
-from server.admission import Traffic
+from server.access.admission import Traffic
 
 POLL_SECONDS = 0.05
 LAST_ANSWERS_SECONDS = 5.0

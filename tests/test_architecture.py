@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,24 @@ ALLOWED = {
 MODEL_FOR_SERVER = {"model.config", "model.checkpoint", "model.errors", "model.weight_files"}
 COMPOSERS = {"server.__main__", "server.app"}
 """The only readers of configs."""
+SERVER_ROOMS = (
+    "errors",
+    "version",
+    "tools",
+    "observe",
+    "access",
+    "requests",
+    "http",
+    "structured",
+    "media",
+    "prompt",
+    "generation",
+    "responses",
+    "transcription",
+    "api",
+)
+"""What server consists of, from the ground up: each imports only what stands before it. The other modules of the
+folder itself (app, lifecycle, __main__...) put the rooms together, and none of the rooms imports them."""
 TORCH_FREE_ENGINE = {
     "engine.answer",
     "engine.block_manager",
@@ -106,6 +125,24 @@ def test_imports_go_one_way(module: str) -> None:
         assert module in COMPOSERS or "configs" not in {top(name) for name in ours}
 
 
+def room_of(module: str) -> int:
+    """Where a module of server stands in SERVER_ROOMS; behind all of them what puts the rooms together."""
+    name = module.split(".")[1]
+    return SERVER_ROOMS.index(name) if name in SERVER_ROOMS else len(SERVER_ROOMS)
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("server.")])
+def test_imports_within_the_server_go_one_way(module: str) -> None:
+    for name in imports_of(module):
+        if name.startswith("server."):
+            assert room_of(name) <= room_of(module), name
+
+
+def test_every_room_of_the_server_has_its_place() -> None:
+    assert set(SERVER_ROOMS) <= {name.split(".")[1] for name in SOURCES if name.startswith("server.")}
+    assert {path.parent.name for path in (ROOT / "server").glob("*/*.py")} <= set(SERVER_ROOMS)
+
+
 @every_module
 def test_transformers_is_no_part_of_the_program(module: str) -> None:
     assert "transformers" not in {top(name) for name in imports_of(module)}
@@ -174,7 +211,6 @@ for name in {modules!r}:
 
 def test_packages_are_listed_for_installation() -> None:
     """Every folder with sources is in pyproject.toml: an installed program lacks nothing."""
-    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = next(line for line in settings.splitlines() if line.startswith("packages = ") and "model" in line)
-    for folder in {path.parent for path in SOURCES.values()}:
-        assert f'"{".".join(folder.relative_to(ROOT).parts)}"' in listed
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES.values()}
+    assert folders == set(settings["tool"]["setuptools"]["packages"])

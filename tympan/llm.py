@@ -18,8 +18,8 @@ from typing import Any, Literal, Self, overload
 import httpx
 
 from configs.settings import Settings
-from server.parameters import IGNORED
-from server.schema import ChatRequest, CompletionRequest
+from server.requests.parameters import IGNORED
+from server.requests.schema import ChatRequest, CompletionRequest
 from tympan.answer import Answer, AnswerError
 from tympan.audio_parts import audio_part, inline_audio
 from tympan.loop_thread import LoopThread

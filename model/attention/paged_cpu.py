@@ -19,7 +19,17 @@ from numba import carray, njit
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata
-from model.compiled import REASSOCIATE, as_float32, compile_region, exp2, narrow, parallel_region, pointer, take_next
+from model.compiled import (
+    REASSOCIATE,
+    as_float32,
+    compile_region,
+    exp2,
+    narrow,
+    parallel_region,
+    pointer,
+    prefetch,
+    take_next,
+)
 
 ARGUMENTS = np.dtype(
     [
@@ -35,6 +45,10 @@ ARGUMENTS = np.dtype(
 )
 """What a parallel region works on: sizes, the addresses of the arrays, and those of the two counters."""
 
+AHEAD = 8
+"""Tokens by which keys and values are asked for beforehand where a thread reads some heads only: what it skips
+between two tokens keeps the processor from guessing."""
+CACHE_LINE = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -118,14 +132,17 @@ def compile_attention(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
             row, group = item // a.num_groups, item % a.num_groups
             first, shift = group * width, group * width_kv
             blocks = block_table[row]
+            ahead = AHEAD if a.num_groups > 1 else 0
             for token in range(query_starts[row], query_starts[row + 1]):
                 for i in range(width):
                     q[i] = as_float32(query[token * a.query_stride + first + i])
                 length = seq_lens[row] - (query_starts[row + 1] - 1 - token)
-                _score(q, keys_values[0], kv_width, shift, blocks, length, share, scores, head_dim, block_size)
+                _score(
+                    q, keys_values[0], kv_width, shift, blocks, length, share, scores, head_dim, block_size, ahead
+                )
                 for head in range(heads):
                     _softmax(scores[head, :length], np.float32(scale))
-                _sum(scores, keys_values[1], kv_width, shift, blocks, length, share, o, head_dim, block_size)
+                _sum(scores, keys_values[1], kv_width, shift, blocks, length, share, o, head_dim, block_size, ahead)
                 for i in range(width):
                     out[token, first + i] = narrow(o[i]) if is_bfloat16 else o[i]
 
@@ -144,10 +161,13 @@ def _score(
     scores: Any,
     head_dim: int,
     block_size: int,
+    ahead: int,
 ) -> None:
     """scores[head, i] = query[head] . keys[i]."""
     for i in range(length):
         token = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
+        if ahead > 0:
+            _ask_for(keys, min(i + ahead, length - 1), blocks, block_size, width, shift, query.shape[0] // group)
         for head in range(scores.shape[0]):
             start = token + head // group * head_dim
             key = keys[start : start + head_dim]
@@ -170,11 +190,14 @@ def _sum(
     out: Any,
     head_dim: int,
     block_size: int,
+    ahead: int,
 ) -> None:
     """out[head] = sum over i of weights[head, i] values[i]."""
     out[:] = 0
     for i in range(length):
         token = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
+        if ahead > 0:
+            _ask_for(values, min(i + ahead, length - 1), blocks, block_size, width, shift, out.shape[0] // group)
         for head in range(weights.shape[0]):
             start = token + head // group * head_dim
             value = values[start : start + head_dim]
@@ -182,6 +205,14 @@ def _sum(
             weight = weights[head, i]
             for d in range(head_dim):
                 o[d] += weight * as_float32(value[d])
+
+
+@njit(inline="always")
+def _ask_for(cache: Any, i: int, blocks: Any, block_size: int, width: int, shift: int, size: int) -> None:
+    """Prefetch a group's heads of token i."""
+    start = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
+    for offset in range(0, size, CACHE_LINE // cache.itemsize):
+        prefetch(cache, start + offset)
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")

@@ -1,4 +1,4 @@
-// The languages that transcription takes: server/languages.py's, for the list in the page.
+// The languages that transcription takes: server/transcription/languages.py's, for the list in the page.
 
 export const LANGUAGES = {
   af: "Afrikaans", sq: "Albanian", am: "Amharic", ar: "Arabic", hy: "Armenian", as: "Assamese",

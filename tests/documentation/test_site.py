@@ -12,8 +12,8 @@ from configs.reference import settings_page
 from configs.settings import Settings
 from docs import site
 from docs.fields import fields_page
-from server.openapi import operations
-from server.routes import router
+from server.api.openapi import operations
+from server.api.routes import router
 
 ROOT = Path(__file__).parents[2]
 

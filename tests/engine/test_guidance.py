@@ -17,7 +17,7 @@ from engine.guidance import NO_TOKEN, NOT_COMPILED, Guidance, TokenMasks
 from engine.messages import EngineArgs, EngineOutput, FinishReason
 from engine.sample_row import SampleRow
 from engine.sequence import Sequence
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
 from tests.reference import BUNDLED, Prompt, special_id
 
 EOS = special_id("<|im_end|>")

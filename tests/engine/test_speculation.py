@@ -21,7 +21,7 @@ from engine.prompt_lookup import PromptLookup
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from model.kv_cache import bytes_per_block
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
 from tests.engine.test_scheduler import STOP, FakeRunner, add, make_scheduler, request, shape
 from tests.reference import BUNDLED, Prompt, noise, special_id
 

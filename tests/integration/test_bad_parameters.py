@@ -17,8 +17,8 @@ import psutil
 import pytest
 import soundfile
 
-from server.openapi import make_document
-from server.routes import router
+from server.api.openapi import make_document
+from server.api.routes import router
 from tests.integration.conftest import ServerProcess
 
 DOCUMENT = make_document(router.routes, has_keys=False)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
 from tests.integration.conftest import ServerProcess, data_url, input_audio, text, wav
 from tests.reference import Reference, Samples, noise
 

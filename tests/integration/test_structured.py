@@ -20,8 +20,8 @@ from pydantic import BaseModel, Field
 from engine.client import InlineEngineClient
 from engine.messages import EngineArgs, FinishReason
 from server.errors import ApiError
-from server.structured import GrammarCompiler
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
+from server.structured.compiler import GrammarCompiler
 from tests.integration.conftest import ServerProcess, text
 from tests.reference import BUNDLED, Prompt
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from model.attention import AttentionMetadata, select_backend
-from model.config import TextConfig
+from model.config import Qwen2AudioConfig, TextConfig
+from model.cpu import prepare_for_cpu
 from model.gemv_cpu import packed_blocks
 from model.kv_cache import allocate_kv_cache
 from model.linear import Linear
+from model.loader import load_model
 from model.one_token_cpu import OneTokenPass, can_run
 from model.parallel import WHOLE
 from model.qwen2 import Qwen2Decoder
@@ -128,6 +132,15 @@ def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
 
 def test_weights_of_8_bits_keep_their_own_product() -> None:
     assert not can_run(make_decoder(torch.float32, 6, int8=True))
+
+
+def test_only_the_attention_that_was_chosen_runs(mha_folder: Path) -> None:
+    config = Qwen2AudioConfig.from_folder(mha_folder)
+    for name in ("cpu", "reference"):
+        backend, _ = select_backend(name, CPU)
+        model = load_model(mha_folder, config, backend, torch.float32, CPU)
+        prepare_for_cpu(model)
+        assert (model.decoder.one_token is not None) == (name == "cpu")
 
 
 @torch.inference_mode()

@@ -23,11 +23,11 @@ from tokenizers import Tokenizer as Encoder
 from configs.settings import Settings
 from engine.messages import EngineInfo
 from server.app import create_app
-from server.chat_template import DEFAULT_TEMPLATE
-from server.connection import server_config
+from server.http.connection import server_config
 from server.lifecycle import DrainingServer, DrainPolicy
-from server.metrics import Metrics
-from server.tokenizer import Tokenizer
+from server.observe.metrics import Metrics
+from server.prompt.chat_template import DEFAULT_TEMPLATE
+from server.prompt.tokenizer import Tokenizer
 
 from .fake_engine import INFO, FakeEngineClient, Script
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from audio import Pcm
-from server.audio_store import OVERHEAD_BYTES, AudioStore, ClipTooLargeError, StoreFullError
+from server.media.store import OVERHEAD_BYTES, AudioStore, ClipTooLargeError, StoreFullError
 
 SHARE = 4 * OVERHEAD_BYTES
 SCOPES = st.sampled_from(["one", "two"])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from server.json_body import MAX_JSON_OBJECTS, MAX_JSON_VALUES
-from server.tokenization import MAX_TOKENS
+from server.api.tokenization import MAX_TOKENS
+from server.http.json_body import MAX_JSON_OBJECTS, MAX_JSON_VALUES
 
 from .conftest import Served, Servers, text_part, user
 

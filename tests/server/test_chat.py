@@ -10,9 +10,9 @@ import pytest
 
 from engine.errors import RequestError
 from engine.messages import FinishReason
-from server.parameters import IGNORED, REFUSED_IN_CHAT
-from server.schema import ChatRequest
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
+from server.requests.parameters import IGNORED, REFUSED_IN_CHAT
+from server.requests.schema import ChatRequest
 
 from .conftest import Served, audio_part, text_part, user
 from .fake_engine import Script

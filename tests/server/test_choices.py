@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
 
 from .conftest import Served, audio_part, user
 from .test_streaming import events

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from fastapi.routing import APIRoute
 
-from server.routes import router
+from server.api.routes import router
 
 from .conftest import Served, Servers
 

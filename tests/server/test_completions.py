@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
 
 from .conftest import Served, audio_part
 

@@ -10,9 +10,9 @@ import time
 import httpx
 import pytest
 
-from server import connection
-from server.connection import DISCARD_SECONDS, _Phase
-from server.middleware import MAX_HEADER_BYTES, MAX_HEADERS
+from server.http import connection
+from server.http.connection import DISCARD_SECONDS, _Phase
+from server.http.middleware import MAX_HEADER_BYTES, MAX_HEADERS
 
 from .conftest import Served, user
 from .test_closed import connect, exchange, request, status

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Encoder
 
-from server.detokenizer import IncrementalDetokenizer, StopMatcher
-from server.tokenizer import Tokenizer
+from server.generation.detokenizer import IncrementalDetokenizer, StopMatcher
+from server.prompt.tokenizer import Tokenizer
 
 ids_strategy = st.lists(st.integers(0, 420), max_size=30)
 

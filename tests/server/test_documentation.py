@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server.parameters import (
+from server.api.tokenization import DetokenizeRequest, TokenizeRequest
+from server.requests.parameters import (
     IGNORED,
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -16,10 +17,9 @@ from server.parameters import (
     REFUSED_IN_TOKENIZE,
     REFUSED_IN_TRANSCRIPTIONS,
 )
-from server.responses_schema import ResponsesRequest
-from server.schema import ChatRequest, CompletionRequest
-from server.tokenization import DetokenizeRequest, TokenizeRequest
-from server.transcription_form import TranscriptionForm
+from server.requests.schema import ChatRequest, CompletionRequest
+from server.responses.schema import ResponsesRequest
+from server.transcription.form import TranscriptionForm
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 NAMES = {

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from audio import FiledText
 from server import json_body
+from server.access.held_bytes import Budget, HeldBytes
 from server.errors import ApiError
-from server.held_bytes import Budget, HeldBytes
-from server.json_body import LONG_STRING_BYTES, MAX_TEXT_BYTES, JsonReader
+from server.http.json_body import LONG_STRING_BYTES, MAX_TEXT_BYTES, JsonReader
 
 from .conftest import Served, Servers, text_part, user
 

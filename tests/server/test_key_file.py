@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.auth import ApiKeys
+from server.access.auth import ApiKeys
+from server.access.key_file import CHECK_SECONDS, MAX_FILE_BYTES, KeyFile, KeysError
 from server.errors import ApiError
-from server.key_file import CHECK_SECONDS, MAX_FILE_BYTES, KeyFile, KeysError
 
 from .conftest import Servers
 
@@ -127,7 +127,7 @@ def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         compared.append(other)
         return one == other
 
-    monkeypatch.setattr("server.auth.secrets.compare_digest", compare)
+    monkeypatch.setattr("server.access.auth.secrets.compare_digest", compare)
     keys = ApiKeys(["one", "two", "three"])
     for key in ("one", "three", "none"):
         compared.clear()

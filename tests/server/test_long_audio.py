@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
 
 from .conftest import Served, Servers, audio_part, text_part, user
 from .test_streaming import events

@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from engine.messages import EngineStats
-from server.metrics import OPENMETRICS
+from server.observe.metrics import OPENMETRICS
 
 from .conftest import Served, Servers, audio_part, text_part, user, wav_base64
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
+from server.access.held_bytes import HeldBytes
 from server.errors import ApiError
-from server.held_bytes import HeldBytes
-from server.multipart import MAX_FIELD_BYTES, MAX_PARTS, MAX_SPOOLED_BYTES, Form, read_form
+from server.http.multipart import MAX_FIELD_BYTES, MAX_PARTS, MAX_SPOOLED_BYTES, Form, read_form
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters='"\\\r\n%', exclude_categories=["Cc"]), min_size=1)
 

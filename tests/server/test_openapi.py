@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
-from server.answers import (
+from server.api.answers import (
     ChatAnswer,
     CompletionAnswer,
     TokenizeAnswer,
@@ -22,8 +22,8 @@ from server.answers import (
     TranslationAnswer,
     VerboseTranscript,
 )
-from server.openapi import EVENTS, make_document, operations
-from server.routes import router
+from server.api.openapi import EVENTS, make_document, operations
+from server.api.routes import router
 
 from .conftest import Served, Servers, audio_part, text_part, user, wav_base64
 

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from engine.errors import TimeLimitError
-from server.admission import PromptQueue
+from server.access.admission import PromptQueue
 from server.errors import ApiError
 
 from .conftest import Served, Servers, audio_part, user

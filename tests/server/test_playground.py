@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from server.languages import LANGUAGES
 from server.playground import POLICY, WAVEFORM_STYLE
+from server.transcription.languages import LANGUAGES
 
 from .conftest import Served, Servers
 

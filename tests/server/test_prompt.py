@@ -11,10 +11,10 @@ from tokenizers import Tokenizer as Encoder
 from transformers import Qwen2AudioProcessor
 
 from model.errors import ConfigError
-from server.chat_template import AUDIO, DEFAULT_TEMPLATE, ChatTemplate, Span, Turn
 from server.errors import ApiError
-from server.prompt import Prompt, PromptBuilder
-from server.tokenizer import Tokenizer
+from server.prompt.builder import Prompt, PromptBuilder
+from server.prompt.chat_template import AUDIO, DEFAULT_TEMPLATE, ChatTemplate, Span, Turn
+from server.prompt.tokenizer import Tokenizer
 
 from .conftest import SPECIAL_TOKENS
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.access.quota import QuotaLimits, Quotas
 from server.errors import ApiError
-from server.quota import QuotaLimits, Quotas
 
 from .conftest import Served, Servers, audio_part, text_part, user, wav_base64
 

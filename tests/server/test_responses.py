@@ -10,9 +10,9 @@ import pytest
 from pydantic import BaseModel
 
 from engine.errors import RequestError
-from server.parameters import REFUSED_IN_RESPONSES
-from server.responses_schema import ResponsesRequest
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
+from server.requests.parameters import REFUSED_IN_RESPONSES
+from server.responses.schema import ResponsesRequest
 
 from .conftest import Served, Servers, audio_part
 from .fake_engine import INFO

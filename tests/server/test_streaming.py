@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from server.channel import Channel
+from server.generation.channel import Channel
 
 from .conftest import Served, user
 

@@ -17,8 +17,8 @@ from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel
 
 from server.errors import ApiError
-from server.grammar_worker import MAX_SECONDS
-from server.structured import CACHE_SIZE, TOO_COMPLEX, GrammarCompiler
+from server.structured.compiler import CACHE_SIZE, TOO_COMPLEX, GrammarCompiler
+from server.structured.worker import MAX_SECONDS
 from tests.server.conftest import Served, Servers, user
 
 SCHEMA = {
@@ -299,7 +299,7 @@ def compiler(checkpoint: Path) -> Any:
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "server.grammar_worker" in child.cmdline()]
+    return [child for child in psutil.Process().children() if "server.structured.worker" in child.cmdline()]
 
 
 def regex(compiler: GrammarCompiler, pattern: str) -> str:

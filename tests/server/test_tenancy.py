@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.encoder_cache import EncoderCache
 from engine.messages import EngineRequest
-from server.auth import EVERYBODY, ApiKeys, cache_salt
+from server.access.auth import EVERYBODY, ApiKeys, cache_salt
 
 from .conftest import Served, Servers, audio_part, text_part, user, wav_base64
 
@@ -94,7 +94,7 @@ def test_grammars_are_compiled_for_each_key(keyed: Served, monkeypatch: pytest.M
         compiled.append(line)
         return {"grammar": "{}"}
 
-    monkeypatch.setattr("server.structured._Worker.ask", ask)
+    monkeypatch.setattr("server.structured.compiler._Worker.ask", ask)
     body = {"messages": [user("Hi")], "structured_outputs": {"regex": "only here"}}
     for key, count in (("a", 1), ("a", 1), ("b", 2), ("b", 2), ("a", 2)):
         sent(keyed, "/v1/chat/completions", body, key)

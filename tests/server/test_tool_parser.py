@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.tool_parser import CallDelta, StreamingToolParser, joined_calls
+from server.tools.parser import CallDelta, StreamingToolParser, joined_calls
 
 NAMES = {"get_weather", "f"}
 WEATHER = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln <tool_call> \\"}"}}\n</tool_call>'

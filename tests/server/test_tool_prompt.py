@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Encoder
 
-from server.chat_template import AUDIO, DEFAULT_TEMPLATE, CalledFunction, ChatTemplate, Turn
-from server.prompt import PromptBuilder
-from server.tokenizer import Tokenizer
-from server.tool_plan import Function
+from server.prompt.builder import PromptBuilder
+from server.prompt.chat_template import AUDIO, DEFAULT_TEMPLATE, ChatTemplate, Turn
+from server.prompt.tokenizer import Tokenizer
+from server.tools.plan import CalledFunction, Function
 
 from .conftest import SPECIAL_TOKENS
 

@@ -13,7 +13,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel
 
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
 
 from .conftest import Served, Servers, audio_part, user
 from .fake_engine import INFO

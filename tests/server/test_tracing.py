@@ -22,11 +22,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from configs.settings import Settings
-from server import observers
 from server.app import create_app
-from server.observers import TracingError
-from server.tokenizer import Tokenizer
-from server.tracing import RequestTracer
+from server.observe import observers
+from server.observe.observers import TracingError
+from server.observe.tracing import RequestTracer
+from server.prompt.tokenizer import Tokenizer
 
 from .conftest import audio_part, text_part, user
 from .fake_engine import FakeEngineClient, Script

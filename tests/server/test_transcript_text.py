@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.transcript_text import TranscriptText
+from server.transcription.text import TranscriptText
 
 
 def joined(*windows: list[str]) -> tuple[str, str | None]:

@@ -21,9 +21,9 @@ import soundfile
 
 from engine.errors import RequestError
 from engine.messages import EngineRequest
-from server.parameters import REFUSED_IN_TRANSCRIPTIONS
-from server.transcriber import MAX_WINDOWS_IN_FLIGHT
-from server.transcription_form import TranscriptionForm
+from server.requests.parameters import REFUSED_IN_TRANSCRIPTIONS
+from server.transcription.form import TranscriptionForm
+from server.transcription.transcriber import MAX_WINDOWS_IN_FLIGHT
 
 from .conftest import Served, Servers
 from .fake_engine import Script

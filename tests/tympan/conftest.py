@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.tokenizer import Tokenizer
+from server.prompt.tokenizer import Tokenizer
 from tests.server.conftest import checkpoint, encoder, servers, tokenizer
 from tests.server.fake_engine import FakeEngineClient, Script
 from tympan import LLM

@@ -1,0 +1,1 @@
+"""The endpoints: one module for each group of URLs, and the OpenAPI document that describes them."""

@@ -1,0 +1,1 @@
+"""Tools as all stages of a request know them: what may be called, and calls in the text of an answer."""
