@@ -28,7 +28,7 @@ from model.quantization.int4_linear import Int4Weight
 from model.quantization.packing import GroupedWeight
 from model.quantization.stored import StoredWeights
 from model.quantization.stored import kv_scales as stored_kv_scales
-from model.qwen2_audio import Qwen2Audio
+from model.qwen2_audio import Qwen2Audio, unfilled
 from model.weight_files import check_content, open_weights, tensor_files
 
 LM_HEAD = "language_model.lm_head.weight"
@@ -119,12 +119,8 @@ def _unfilled(
     has_head: bool,
 ) -> Qwen2Audio:
     """has_head: a checkpoint that holds its own lm_head is right, whatever its config says of tying."""
-    with torch.device("meta"):
-        model = Qwen2Audio(config, backend, shard)
-    if has_head:
-        model.lm_head.weight = torch.nn.Parameter(torch.empty(model.lm_head.weight.shape, device="meta"))
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    if not has_head:  # leaving the meta device gave each module a parameter of its own
+    model = unfilled(config, backend, dtype, device, shard)
+    if not has_head:  # each module has a parameter of its own
         model.lm_head.weight = model.decoder.embed_tokens.weight
     for layer in model.audio_tower.layers if shard.rank == 0 else ():
         layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import model.loader
+import model.weight_files
 from model.attention import AttentionMetadata, select_backend
 from model.config import Qwen2AudioConfig, TextConfig
 from model.cpu import prepare_for_cpu
@@ -180,8 +180,8 @@ def test_the_ranks_read_each_value_once(size: int, mha_folder: Path, monkeypatch
     config = Qwen2AudioConfig.from_folder(mha_folder)
     backend, _ = select_backend("reference", CPU)
     reads: dict[str, list[np.ndarray]] = defaultdict(list)
-    original = model.loader.safe_open
-    monkeypatch.setattr(model.loader, "safe_open", lambda *a, **k: Recorder(original(*a, **k), reads))
+    original = model.weight_files.safe_open
+    monkeypatch.setattr(model.weight_files, "safe_open", lambda *a, **k: Recorder(original(*a, **k), reads))
     table = name_table(config)
     for rank in range(size):
         shard = Shard(rank, size)
