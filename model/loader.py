@@ -84,7 +84,8 @@ def load_model(
     files = tensor_files(folder)
     stored = StoredWeights(set(files), config.quantization)
     if shard.size > 1 and (config.quantization or stored.kv_scale_names):
-        raise ConfigError("a checkpoint that is quantised, or has scales of its keys and values, loads on one rank")
+        what = f"is quantised by {config.quantization.method}" if config.quantization else "has scales of a KV cache"
+        raise ConfigError(f"--tensor-parallel-size {shard.size}: this checkpoint {what}, and loads on one rank only")
     table = name_table(config)
     has_head = bool(stored.expected([LM_HEAD]) & set(files))
     if config.text.tie_word_embeddings and not has_head:
