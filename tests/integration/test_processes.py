@@ -168,7 +168,7 @@ def test_start_failures_are_one_sentence(gqa_folder: Path, tmp_path: Path) -> No
     assert "nowhere" in missing.stderr
     empty = run_server("--model", str(tmp_path))
     assert empty.returncode == 1
-    assert "model.safetensors" in empty.stderr
+    assert "config.json" in empty.stderr
     cramped = run_server("--model", str(gqa_folder), "--kv-cache-memory-bytes", "1000")
     assert cramped.returncode == 1
     assert "--max-model-len" in cramped.stderr
