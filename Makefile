@@ -79,7 +79,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types docs test ## lint, types, documentation and tests
+check: lint types docs test clients ## all that CI runs: lint, types, documentation, tests, real clients
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) .peers build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
