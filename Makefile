@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 CLIENTS := .clients
 TOPOLOGY := .topology
 
-.PHONY: help setup serve test clients topology peers bench gpu lint types check clean
+.PHONY: help setup serve test docs clients topology peers bench gpu lint types check clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -69,6 +69,9 @@ bench: $(VENV)/.dev ## the CPU benchmarks, within 15 minutes: JSON and a picture
 gpu: $(VENV)/.dev ## on a machine with a GPU: the tests that need one, then every benchmark (docs/gpu.md)
 	@$(BIN)/python -m pytest -m gpu; tests=$$?; $(BIN)/python -m benchmarks.gpu all $(ARGS) && exit $$tests
 
+docs: $(VENV)/.dev ## build the documentation in site/, its links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,7 +79,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types test ## lint, types and tests
+check: lint types docs test ## lint, types, documentation and tests
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) .peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) .peers build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

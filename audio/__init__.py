@@ -12,14 +12,15 @@ from audio.loader import AudioLoader
 from audio.observer import LoadObserver
 from audio.pcm import SAMPLE_RATE, Pcm
 from audio.segment import segment
-from audio.source import AudioBytes, AudioSource, AudioUrl, InlineAudio
+from audio.source import AudioFile, AudioSource, AudioUrl, InlineAudio, Text
+from audio.text_file import FiledText, TextFile
 
 __all__ = [
     "SAMPLE_RATE",
-    "AudioBytes",
     "AudioDecodeError",
     "AudioError",
     "AudioFetchError",
+    "AudioFile",
     "AudioLimitError",
     "AudioLimits",
     "AudioLoader",
@@ -28,8 +29,11 @@ __all__ = [
     "AudioUrl",
     "DecoderLimits",
     "FetchPolicy",
+    "FiledText",
     "InlineAudio",
     "LoadObserver",
     "Pcm",
+    "Text",
+    "TextFile",
     "segment",
 ]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from audio.errors import AudioDecodeError, AudioError, AudioLimitError
 from audio.ffmpeg import CODEC_ERRORS, read_blocks
 from audio.limits import AudioLimits
-from audio.resample import StreamResampler
+from audio.resample import Stopwatch, StreamResampler
 from audio.sniff import NUM_SNIFFED_BYTES, SUPPORTED_FORMATS, Container, sniff
 
 _BLOCK_FRAMES = 65_536  # 2 MiB of float32 at eight channels
@@ -35,16 +35,26 @@ def decode(file: IO[bytes], limits: AudioLimits) -> NDArray[np.float32]:
     Raises AudioDecodeError (`audio_empty`, `unsupported_audio`, `invalid_audio`) or AudioLimitError
     (`audio_too_large`, `audio_too_long`, `unsupported_audio`), and nothing else for any input.
     """
+    return np.concatenate(decode_whole(file, limits))
+
+
+def decode_whole(file: IO[bytes], limits: AudioLimits, watch: Stopwatch | None = None) -> list[NDArray[np.float32]]:
+    """The same in consecutive blocks: in one piece a long clip would take its memory twice. Raises as `decode`.
+
+    watch: counts the time that resampling takes.
+    """
     container = _check(file, limits)
     if container.is_soundfile_first:
         try:
-            return np.concatenate(list(_read_with_soundfile(file, limits)))
+            return list(_read_with_soundfile(file, limits, watch))
         except AudioDecodeError:
             file.seek(0)  # FFmpeg reads more codecs in these containers, and files without a length
-    return np.concatenate(list(_read_with_ffmpeg(file, container.demuxers, limits)))
+    return list(_read_with_ffmpeg(file, container.demuxers, limits, watch))
 
 
-def decode_blocks(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
+def decode_blocks(
+    file: IO[bytes], limits: AudioLimits, watch: Stopwatch | None = None
+) -> Iterator[NDArray[np.float32]]:
     """Decode a seekable file to blocks of 16 kHz mono, float32 [S], holding one at a time. Raises as `decode`.
 
     Put end to end they are what `decode` gives, but for a file that libsndfile gives up midway: FFmpeg gets its
@@ -54,7 +64,7 @@ def decode_blocks(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArray[np.f
     if container.is_soundfile_first:
         has_begun = False
         try:
-            for block in _read_with_soundfile(file, limits):
+            for block in _read_with_soundfile(file, limits, watch):
                 has_begun = True
                 yield block
             return
@@ -62,7 +72,7 @@ def decode_blocks(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArray[np.f
             if has_begun:
                 raise
             file.seek(0)
-    yield from _read_with_ffmpeg(file, container.demuxers, limits)
+    yield from _read_with_ffmpeg(file, container.demuxers, limits, watch)
 
 
 def _check(file: IO[bytes], limits: AudioLimits) -> Container:
@@ -84,7 +94,7 @@ def _check(file: IO[bytes], limits: AudioLimits) -> Container:
 class _MonoSink:
     """Checks each decoded block against the limits, mixes it and resamples it."""
 
-    def __init__(self, sample_rate: int, num_channels: int, limits: AudioLimits) -> None:
+    def __init__(self, sample_rate: int, num_channels: int, limits: AudioLimits, watch: Stopwatch | None) -> None:
         if not limits.min_sample_rate <= sample_rate <= limits.max_sample_rate:
             raise AudioLimitError(
                 "unsupported_audio",
@@ -101,7 +111,7 @@ class _MonoSink:
             limits.max_decoded_bytes // (num_channels * np.dtype(np.float32).itemsize),
         )
         self._weights = np.full(num_channels, 1 / num_channels, np.float32)
-        self._resampler = StreamResampler(sample_rate)
+        self._resampler = StreamResampler(sample_rate, watch)
 
     def announce(self, num_frames: int) -> None:
         """Refuse at once what a header says is far too long. Too little is never taken on trust."""
@@ -154,10 +164,12 @@ class _ForgivingFile:
             return self._file.tell()
 
 
-def _read_with_soundfile(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
+def _read_with_soundfile(
+    file: IO[bytes], limits: AudioLimits, watch: Stopwatch | None
+) -> Iterator[NDArray[np.float32]]:
     try:
         with soundfile.SoundFile(_ForgivingFile(file)) as sound:
-            sink = _MonoSink(sound.samplerate, sound.channels, limits)
+            sink = _MonoSink(sound.samplerate, sound.channels, limits, watch)
             if sound.frames < _UNKNOWN_FRAMES:
                 sink.announce(sound.frames)
             buffer = np.empty((_BLOCK_FRAMES, sound.channels), np.float32)
@@ -170,13 +182,15 @@ def _read_with_soundfile(file: IO[bytes], limits: AudioLimits) -> Iterator[NDArr
         raise _undecodable() from None  # its text holds the buffer's memory address
 
 
-def _read_with_ffmpeg(file: IO[bytes], demuxers: str, limits: AudioLimits) -> Iterator[NDArray[np.float32]]:
+def _read_with_ffmpeg(
+    file: IO[bytes], demuxers: str, limits: AudioLimits, watch: Stopwatch | None
+) -> Iterator[NDArray[np.float32]]:
     sink: _MonoSink | None = None
     rate = 0
     try:
         for sample_rate, block in read_blocks(file, demuxers):
             if sink is None:
-                sink, rate = _MonoSink(sample_rate, block.shape[1], limits), sample_rate
+                sink, rate = _MonoSink(sample_rate, block.shape[1], limits, watch), sample_rate
             if sample_rate != rate:
                 raise AudioDecodeError("invalid_audio", "The audio changes its sample rate midway.")
             yield from sink.write(block)

@@ -1,13 +1,15 @@
 """What crosses between the server and its decoders: jobs one way, samples or refusals the other. No pickle.
 
-Frames on a Unix socket: what it is, its length, then JSON or raw float32. A job brings its file as an open
+Frames on a Unix socket: a header, then JSON or raw float32. A job brings its file as an open
 descriptor, so that a decoder needs no name to open. A decoder may have been taken over by the file that it read:
 `receive` takes no more than a frame may hold, and of a refusal only one of the two kinds that decoding has.
 """
 
 import json
+import math
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audio.errors import AudioDecodeError, AudioError, AudioLimitError
-from audio.limits import MIB, AudioLimits
+from audio.limits import AudioLimits
 
 COMMAND = struct.Struct("<ci")
 """To the host of the decoders: what to do, and with which process."""
@@ -23,9 +25,10 @@ FORK, END = b"f", b"e"
 REPLY = struct.Struct("<i")
 """From the host: a new process's id, or the wait status of one that was ended; once, at first, that it is ready."""
 
-MAX_FRAME_SAMPLES = 2 * MIB // np.dtype(np.float32).itemsize
+_SAMPLE_BYTES = np.dtype(np.float32).itemsize
 _MAX_TEXT_BYTES = 4096
-_HEADER = struct.Struct("<BI")
+_HEADER = struct.Struct("<BQd")
+"""Kind, bytes that follow, and of samples the seconds that resampling took."""
 _REFUSALS: dict[str, type[AudioError]] = {kind.__name__: kind for kind in (AudioDecodeError, AudioLimitError)}
 
 
@@ -44,11 +47,10 @@ class Kind(IntEnum):
     NEXT = 2
     """Asks for the next window of a job that has them."""
     SAMPLES = 3
-    LAST_SAMPLES = 4
     """Of a window, or of a job without windows."""
-    END = 5
+    END = 4
     """There is no further window."""
-    REFUSED = 6
+    REFUSED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Job:
 def send_job(to: socket.socket, job: Job, descriptor: int) -> None:
     """The job and its file. Raises OSError when the decoder has gone."""
     text = json.dumps({"limits": asdict(job.limits), "window_samples": job.window_samples}).encode()
-    socket.send_fds(to, [_HEADER.pack(Kind.JOB, len(text)) + text], [descriptor])
+    socket.send_fds(to, [_header(Kind.JOB, len(text)) + text], [descriptor])
 
 
 def receive_job(source: socket.socket) -> tuple[Job, int] | None:
@@ -76,7 +78,7 @@ def receive_job(source: socket.socket) -> tuple[Job, int] | None:
 
 def send_next(to: socket.socket) -> None:
     """Ask for a window. Raises OSError when the decoder has gone."""
-    to.sendall(_HEADER.pack(Kind.NEXT, 0))
+    to.sendall(_header(Kind.NEXT))
 
 
 def is_next_asked(source: socket.socket) -> bool:
@@ -84,49 +86,54 @@ def is_next_asked(source: socket.socket) -> bool:
     return len(source.recv(_HEADER.size, socket.MSG_WAITALL)) == _HEADER.size
 
 
-def send_samples(to: socket.socket, samples: NDArray[np.float32]) -> None:
-    """All samples of a window or job, float32 [S], in as many frames as they take."""
-    for start in range(0, max(1, len(samples)), MAX_FRAME_SAMPLES):
-        piece = np.ascontiguousarray(samples[start : start + MAX_FRAME_SAMPLES])
-        is_last = start + MAX_FRAME_SAMPLES >= len(samples)
-        to.sendall(_HEADER.pack(Kind.LAST_SAMPLES if is_last else Kind.SAMPLES, piece.nbytes))
-        to.sendall(piece.data.cast("B"))
+def send_samples(to: socket.socket, blocks: Sequence[NDArray[np.float32]], resample_s: float = 0.0) -> None:
+    """All samples of a window or job, float32 [S] in consecutive blocks."""
+    to.sendall(_header(Kind.SAMPLES, sum(block.nbytes for block in blocks), resample_s))
+    for block in blocks:
+        to.sendall(np.ascontiguousarray(block).data.cast("B"))
 
 
 def send_end(to: socket.socket) -> None:
     """No further window."""
-    to.sendall(_HEADER.pack(Kind.END, 0))
+    to.sendall(_header(Kind.END))
 
 
 def send_refusal(to: socket.socket, error: AudioError) -> None:
     """What is wrong with the file."""
     text = json.dumps([type(error).__name__, error.code, error.message]).encode()
-    to.sendall(_HEADER.pack(Kind.REFUSED, len(text)) + text)
+    to.sendall(_header(Kind.REFUSED, len(text)) + text)
 
 
-def receive_samples(source: socket.socket, max_samples: int) -> NDArray[np.float32] | None:
-    """The answer to a job without windows, or the next window: read-only float32 [S]; None after the last.
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a decoder made of a file, or of the next window of one."""
+
+    samples: NDArray[np.float32]
+    """[S], read-only."""
+    resample_s: float
+    """As the decoder says: that resampling took."""
+
+
+def receive_samples(source: socket.socket, max_samples: int) -> Decoded | None:
+    """The answer to a job without windows, or the next window; None after the last.
 
     Raises AudioError if the file was refused, DecoderDiedError if there is no answer or one of over `max_samples`.
     """
-    pieces: list[NDArray[np.float32]] = []
-    num_samples = 0
-    while True:
-        kind, num_bytes = _HEADER.unpack(_exactly(source, _HEADER.size))
-        if kind == Kind.REFUSED and num_bytes <= _MAX_TEXT_BYTES:
-            raise _refusal(_exactly(source, num_bytes))
-        if kind == Kind.END and not pieces:
-            return None
-        piece = np.empty(min(num_bytes // 4, MAX_FRAME_SAMPLES), np.float32)
-        num_samples += len(piece)
-        if kind not in (Kind.SAMPLES, Kind.LAST_SAMPLES) or piece.nbytes != num_bytes or num_samples > max_samples:
-            raise DecoderDiedError
-        _fill(source, piece.data.cast("B"))
-        pieces.append(piece)
-        if kind == Kind.LAST_SAMPLES:
-            samples = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-            samples.setflags(write=False)
-            return samples
+    kind, num_bytes, resample_s = _HEADER.unpack(_exactly(source, _HEADER.size))
+    if kind == Kind.REFUSED and num_bytes <= _MAX_TEXT_BYTES:
+        raise _refusal(_exactly(source, num_bytes))
+    if kind == Kind.END:
+        return None
+    if kind != Kind.SAMPLES or num_bytes % _SAMPLE_BYTES or num_bytes > max_samples * _SAMPLE_BYTES:
+        raise DecoderDiedError
+    samples = np.empty(num_bytes // _SAMPLE_BYTES, np.float32)  # takes memory as it is filled
+    _fill(source, samples.data.cast("B"))
+    samples.setflags(write=False)
+    return Decoded(samples, max(0.0, resample_s) if math.isfinite(resample_s) else 0.0)
+
+
+def _header(kind: Kind, num_bytes: int = 0, resample_s: float = 0.0) -> bytes:
+    return _HEADER.pack(kind, num_bytes, resample_s)
 
 
 def _refusal(text: bytes) -> AudioError:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audio import decoder_channel as channel
-from audio.decoder_channel import DecoderDiedError, DecoderLateError, Job
+from audio.decoder_channel import Decoded, DecoderDiedError, DecoderLateError, Job
 from audio.errors import AudioDecodeError, AudioError
 from audio.limits import MIB, AudioLimits, DecoderLimits
 from audio.pcm import SAMPLE_RATE
@@ -43,10 +43,17 @@ _REPLACED_AFTER = 1000
 _MAX_NICENESS = 19
 _HOST_TIMEOUT_S = 60.0
 _MAX_COPIED_BYTES = MIB
-"""Of a file that may be in memory: a longer one that has a descriptor is handed over as it is."""
+"""Of a file that may be in memory: a longer one is on disk, and handed over as it is if it has a descriptor."""
 _SLACK_SAMPLES = SAMPLE_RATE
 _BYTES_PER_SECOND = 2 * 4 * SAMPLE_RATE
-"""What a decoder holds of a clip's result: its blocks, and all of them in one piece."""
+"""Of address space for a clip's result: its blocks, and what lies between them."""
+
+
+Tell = Callable[[float], None]
+
+
+def _nobody(_: float) -> None:
+    """Wants to know."""
 
 
 class DecoderPool:
@@ -65,21 +72,27 @@ class DecoderPool:
         for _ in range(num_decoders):
             self._idle.append(self._fork())
 
-    def decode(self, data: bytes) -> NDArray[np.float32]:
-        """A clip's samples, mono at 16 kHz, read-only float32 [S]. Raises AudioDecodeError or AudioLimitError."""
-        with _copy(data) as file:
+    def decode(self, file: IO[bytes], resampled: Tell = _nobody) -> NDArray[np.float32]:
+        """The samples of a seekable file, mono at 16 kHz, read-only float32 [S].
+
+        resampled: is told how long resampling took. Raises AudioDecodeError or AudioLimitError.
+        """
+        with _descriptor(file) as descriptor:
             decoder = self._take()
             while True:
                 try:
-                    return self._decode(decoder, file)
+                    decoded = self._decode(decoder, descriptor)
+                    break
                 except DecoderDiedError as death:
                     is_over_time = self._end(decoder) == signal.SIGPROF or isinstance(death, DecoderLateError)
                     if is_over_time or decoder.num_jobs == 1:
                         raise _undecodable() from None
                     decoder = self._fork()
+        resampled(decoded.resample_s)
+        return decoded.samples
 
     def windows(
-        self, file: IO[bytes], limits: AudioLimits, max_samples: int
+        self, file: IO[bytes], limits: AudioLimits, max_samples: int, resampled: Tell = _nobody
     ) -> Generator[NDArray[np.float32], None, None]:
         """The windows of a seekable file, cut by `audio.segment` and decoded one at a time, as `decode` gives clips.
 
@@ -90,7 +103,8 @@ class DecoderPool:
             try:
                 decoder.begin(Job(limits, max_samples), descriptor)
                 while (window := decoder.next_window(max_samples)) is not None:
-                    yield window
+                    resampled(window.resample_s)
+                    yield window.samples
             except DecoderDiedError:
                 raise _undecodable() from None
             finally:
@@ -103,11 +117,11 @@ class DecoderPool:
             decoder.socket.close()
         self._idle.clear()
 
-    def _decode(self, decoder: "_Decoder", file: int) -> NDArray[np.float32]:
+    def _decode(self, decoder: "_Decoder", file: int) -> Decoded:
         """Keeps the decoder for others if it deserves it. Raises AudioError, and DecoderDiedError before its end."""
         max_samples = int(self._limits.max_clip_seconds * SAMPLE_RATE) + _SLACK_SAMPLES
         try:
-            samples = decoder.decode(Job(self._limits), file, max_samples)
+            decoded = decoder.decode(Job(self._limits), file, max_samples)
         except AudioError:
             self._end(decoder)
             raise
@@ -115,7 +129,7 @@ class DecoderPool:
             self._idle.append(decoder)
         else:
             self._end(decoder)
-        return samples
+        return decoded
 
     def _take(self) -> "_Decoder":
         while True:
@@ -162,12 +176,12 @@ class _Decoder:
         except OSError:
             return False
 
-    def decode(self, job: Job, descriptor: int, max_samples: int) -> NDArray[np.float32]:
+    def decode(self, job: Job, descriptor: int, max_samples: int) -> Decoded:
         self.begin(job, descriptor)
-        samples = channel.receive_samples(self.socket, max_samples)
-        if samples is None:
+        decoded = channel.receive_samples(self.socket, max_samples)
+        if decoded is None:
             raise DecoderDiedError
-        return samples
+        return decoded
 
     def begin(self, job: Job, descriptor: int) -> None:
         self.num_jobs += 1
@@ -176,7 +190,7 @@ class _Decoder:
         except OSError:
             raise DecoderDiedError from None
 
-    def next_window(self, max_samples: int) -> NDArray[np.float32] | None:
+    def next_window(self, max_samples: int) -> Decoded | None:
         try:
             channel.send_next(self.socket)
         except OSError:
@@ -267,22 +281,13 @@ def _set_timeout(of: socket.socket, seconds: float) -> None:
 
 
 @contextmanager
-def _copy(data: bytes) -> Iterator[int]:
-    """A descriptor of an unnamed file in memory with these bytes."""
-    with _unnamed_file() as file:
-        file.write(data)
-        file.flush()
-        yield file.fileno()
-
-
-@contextmanager
 def _descriptor(file: IO[bytes]) -> Iterator[int]:
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     if num_bytes > _MAX_COPIED_BYTES and (descriptor := _own_descriptor(file)) is not None:
         yield descriptor
         return
-    with _unnamed_file() as copy:
+    with _unnamed_file(num_bytes) as copy:
         shutil.copyfileobj(file, copy, MIB)
         copy.flush()
         yield copy.fileno()
@@ -295,8 +300,8 @@ def _own_descriptor(file: IO[bytes]) -> int | None:
         return None
 
 
-def _unnamed_file() -> IO[bytes]:
-    if hasattr(os, "memfd_create"):
+def _unnamed_file(num_bytes: int) -> IO[bytes]:
+    if hasattr(os, "memfd_create") and num_bytes <= _MAX_COPIED_BYTES:
         return open(os.memfd_create("audio", os.MFD_CLOEXEC), "w+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)
 

@@ -24,9 +24,10 @@ import numpy as np
 import soundfile
 
 from audio import decoder_channel as channel
-from audio.decode import decode, decode_blocks
+from audio.decode import decode, decode_blocks, decode_whole
 from audio.errors import AudioDecodeError, AudioError
 from audio.limits import AudioLimits
+from audio.resample import Stopwatch
 from audio.segment import segment
 
 _SOCKET = 3
@@ -119,19 +120,20 @@ def _serve(server: socket.socket, cpu_seconds: float) -> None:
 
 
 def _work_off(server: socket.socket, job: channel.Job, file: IO[bytes], cpu_seconds: float) -> None:
+    watch = Stopwatch()
     if job.window_samples is None:
         with _timed(cpu_seconds):
-            samples = decode(file, job.limits)
-        channel.send_samples(server, samples)
+            blocks = decode_whole(file, job.limits, watch)
+        channel.send_samples(server, blocks, watch.take())
         return
-    windows = segment(decode_blocks(file, job.limits), job.window_samples)
+    windows = segment(decode_blocks(file, job.limits, watch), job.window_samples)
     while channel.is_next_asked(server):
         with _timed(cpu_seconds):
             window = next(windows, None)
         if window is None:
             channel.send_end(server)
             return
-        channel.send_samples(server, window)
+        channel.send_samples(server, [window], watch.take())
 
 
 @contextlib.contextmanager

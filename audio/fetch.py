@@ -7,13 +7,16 @@ repeated.
 """
 
 import asyncio
+import io
 import ssl
+import tempfile
+from typing import IO
 from weakref import WeakValueDictionary
 
 import httpx
 
 from audio.errors import AudioFetchError
-from audio.limits import AudioLimits, FetchPolicy
+from audio.limits import MIB, AudioLimits, FetchPolicy
 from audio.media_cache import MediaCache
 from audio.media_url import host_of, parse_media_url
 from audio.transport import PinnedTransport, Resolver, SystemResolver, no_cookies
@@ -21,6 +24,7 @@ from audio.transport import PinnedTransport, Resolver, SystemResolver, no_cookie
 _HEADERS = {"accept": "audio/*, */*;q=0.5", "accept-encoding": "identity", "user-agent": "tympan"}
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 _IDENTITY_ENCODINGS = frozenset({"", "identity"})
+_MAX_SPOOLED_BYTES = MIB
 
 
 class MediaFetcher:
@@ -59,8 +63,8 @@ class MediaFetcher:
             ),
         )
 
-    async def fetch(self, url: str, scope: str = "") -> bytes:
-        """The body behind an http(s) `url`, or the cached one of the same scope.
+    async def fetch(self, url: str, scope: str = "") -> IO[bytes]:
+        """A file of the body behind an http(s) `url`, or of the cached one of the same scope, to be closed.
 
         Raises AudioSourceError `invalid_audio_url`, AudioFetchError (`media_url_refused`,
         `media_fetch_failed`) or AudioLimitError `audio_too_large`.
@@ -78,19 +82,19 @@ class MediaFetcher:
         if self._system_resolver is not None:
             self._system_resolver.close()
 
-    async def _follow(self, url: httpx.URL, scope: str) -> bytes:
+    async def _follow(self, url: httpx.URL, scope: str) -> IO[bytes]:
         for _ in range(self._policy.max_redirects + 1):
             answer = await self._request(url, scope)
-            if isinstance(answer, bytes):
+            if not isinstance(answer, httpx.URL):
                 return answer
             url = answer
         raise _failed("The audio URL redirects too often.")
 
-    async def _request(self, url: httpx.URL, scope: str) -> bytes | httpx.URL:
+    async def _request(self, url: httpx.URL, scope: str) -> IO[bytes] | httpx.URL:
         """One hop: the body, or the checked link to go on with."""
         cached = self._cache.get(scope, url)
         if cached is not None and self._cache.is_fresh(cached):
-            return cached.body
+            return io.BytesIO(cached.body)
         host = host_of(url)
         slots = self._host_slots.get(host)
         if slots is None:
@@ -100,27 +104,39 @@ class MediaFetcher:
             if conditions and response.status_code == httpx.codes.NOT_MODIFIED:
                 assert cached is not None
                 self._cache.renew(scope, url, cached, response.headers)
-                return cached.body
+                return io.BytesIO(cached.body)
             location = response.headers.get("location")
             if response.status_code in _REDIRECT_STATUSES and location is not None:
                 return parse_media_url(location, self._policy, base=url)
             if response.status_code != httpx.codes.OK:
                 raise _failed(f"The audio URL answered with HTTP status {response.status_code}.")
-            body = await self._read_body(response)
-            self._cache.put(scope, url, response.headers, body)
-            return body
+            file = await self._read_body(response)
+            if self._cache.wants(url, response.headers, file.tell()):
+                file.seek(0)
+                self._cache.put(scope, url, response.headers, await asyncio.to_thread(file.read))
+            else:
+                self._cache.drop(scope, url)
+            file.seek(0)
+            return file
 
-    async def _read_body(self, response: httpx.Response) -> bytes:
+    async def _read_body(self, response: httpx.Response) -> IO[bytes]:
         if response.headers.get("content-encoding", "").strip().lower() not in _IDENTITY_ENCODINGS:
             raise _failed("The audio URL answered with compressed content, which was not asked for.")
         self._limits.check_clip_bytes(int(response.headers.get("content-length", 0)))
-        chunks: list[bytes] = []
+        file = tempfile.SpooledTemporaryFile(_MAX_SPOOLED_BYTES)  # noqa: SIM115  closed by whoever gets it
         num_bytes = 0
-        async for chunk in response.aiter_raw():
-            num_bytes += len(chunk)
-            self._limits.check_clip_bytes(num_bytes)
-            chunks.append(chunk)
-        return await asyncio.to_thread(b"".join, chunks)
+        try:
+            async for chunk in response.aiter_raw():
+                num_bytes += len(chunk)
+                self._limits.check_clip_bytes(num_bytes)
+                if num_bytes > _MAX_SPOOLED_BYTES:  # it is on disk, which may have to be waited for
+                    await asyncio.to_thread(file.write, chunk)
+                else:
+                    file.write(chunk)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
 
 def _failed(message: str) -> AudioFetchError:

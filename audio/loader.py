@@ -9,27 +9,32 @@ cancelled while waiting costs nothing. How long a clip may be for the model is n
 import asyncio
 import os
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import IO, TYPE_CHECKING
 
 from audio.decoder_pool import DECODER_NICENESS, DecoderPool
 from audio.errors import AudioFetchError
-from audio.limits import AudioLimits, DecoderLimits
+from audio.limits import MIB, AudioLimits, DecoderLimits
 from audio.local_file import LocalFiles, is_file_url
 from audio.observer import NOBODY, LoadObserver
 from audio.pcm import Pcm
-from audio.sniff import container_name
-from audio.source import AudioBytes, AudioSource, InlineAudio, decode_data_url, decode_inline, is_data_url
+from audio.sniff import NUM_SNIFFED_BYTES, container_name
+from audio.source import AudioFile, AudioSource, InlineAudio, Text, is_data_url, write_data_url, write_inline
 
 if TYPE_CHECKING:
     from audio.fetch import MediaFetcher
 
 _MAX_WORKERS = 8
+MAX_SPOOLED_BYTES = MIB
+"""Of a clip's file in memory; a longer one is on disk."""
+
+_OpenFile = AbstractContextManager[IO[bytes]]
 
 
 class AudioLoader:
@@ -65,13 +70,13 @@ class AudioLoader:
 
         Raises AudioError, whose subclass and code say what is wrong.
         """
-        read = await self._reader(source, scope, observer)
+        opened = await self._opener(source, scope, observer)
 
         def load() -> Pcm:
-            data = read()
-            observer.file(len(data), container_name(data))
-            with _timed(observer, "decode"):
-                return Pcm(self._decoders.decode(data))
+            with opened() as file:
+                observer.file(file.seek(0, os.SEEK_END), _container_of(file))
+                with _timed(observer, "decode"):
+                    return Pcm(self._decoders.decode(file, partial(_resampled, observer)))
 
         async with self._slots:
             return await asyncio.get_running_loop().run_in_executor(self._executor, load)
@@ -84,7 +89,7 @@ class AudioLoader:
         `limits` are this file's, instead of the loader's own. The file is in use until the generator is closed.
         Raises AudioError.
         """
-        windows = self._decoders.windows(file, limits, max_samples)
+        windows = self._decoders.windows(file, limits, max_samples, partial(_resampled, observer))
         in_use = threading.Lock()  # a step whose reader was cancelled may still be running
 
         def step() -> Pcm | None:
@@ -114,24 +119,33 @@ class AudioLoader:
         await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
         await asyncio.to_thread(self._decoders.close)
 
-    async def _reader(self, source: AudioSource, scope: str, observer: LoadObserver) -> Callable[[], bytes]:
-        """What gives the file's bytes when called in a worker: even base64 is too slow for the loop."""
-        limits = self._limits
-        if isinstance(source, AudioBytes):
-            return lambda: source.data
+    async def _opener(self, source: AudioSource, scope: str, observer: LoadObserver) -> Callable[[], _OpenFile]:
+        """What opens the clip's file when called in a worker: even base64 is too slow for the loop."""
+        if isinstance(source, AudioFile):
+            return lambda: nullcontext(source.file)
         if isinstance(source, InlineAudio):
-            return lambda: decode_inline(source.data, limits)
+            return partial(self._written, write_inline, source.data)
         if is_data_url(source.url):
-            return lambda: decode_data_url(source.url, limits)
+            return partial(self._written, write_data_url, source.url)
+        assert isinstance(source.url, str), "filed texts are data: URLs, or refused as such"
         if is_file_url(source.url):
             if self._local_files is None:
                 raise AudioFetchError("media_url_refused", "This server does not read audio from file: URLs.")
-            return partial(self._local_files.read, source.url)
+            return partial(self._local_files.open, source.url)
         if self._fetcher is None:
             raise AudioFetchError("media_url_refused", "This server does not fetch audio from URLs.")
         with _timed(observer, "fetch"):
-            data = await self._fetcher.fetch(source.url, scope)
-        return lambda: data
+            file = await self._fetcher.fetch(source.url, scope)
+        return lambda: file
+
+    @contextmanager
+    def _written(
+        self, write: Callable[[Text, IO[bytes], AudioLimits], None], text: Text
+    ) -> Generator[IO[bytes], None, None]:
+        """A file of what `write` makes of `text`: on disk unless it is small."""
+        with tempfile.SpooledTemporaryFile(MAX_SPOOLED_BYTES) as file:
+            write(text, file, self._limits)
+            yield file
 
 
 @contextmanager
@@ -153,3 +167,15 @@ def _yield_to_others() -> None:
     if sys.platform == "linux":
         niceness = os.getpriority(os.PRIO_PROCESS, 0) + DECODER_NICENESS
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+
+def _resampled(observer: LoadObserver, seconds: float) -> None:
+    """Resampling and decoding alternate: it is told as if it came last."""
+    if seconds:
+        now = time.monotonic()
+        observer.stage("resample", now - seconds, now)
+
+
+def _container_of(file: IO[bytes]) -> str:
+    file.seek(0)
+    return container_name(file.read(NUM_SNIFFED_BYTES))

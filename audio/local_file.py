@@ -8,6 +8,7 @@ is wrong with a path, one answer says it, or clients could list what is on the d
 import os
 import stat
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from audio.errors import AudioFetchError, AudioSourceError
@@ -30,14 +31,14 @@ class LocalFiles:
         self._folder = Path(os.path.realpath(folder))
         self._limits = limits
 
-    def read(self, url: str) -> bytes:
-        """The file behind a file: URL. Blocking.
+    def open(self, url: str) -> IO[bytes]:
+        """The file behind a file: URL, open to be read. Blocking.
 
         Raises AudioSourceError `invalid_audio_url`, AudioFetchError `media_url_refused` or AudioLimitError
         `audio_too_large`.
         """
         try:
-            descriptor = self._open(_path_of(url))
+            descriptor = self._descriptor(_path_of(url))
         except (OSError, ValueError):
             raise _refused() from None
         try:
@@ -45,15 +46,14 @@ class LocalFiles:
             if not stat.S_ISREG(status.st_mode):
                 raise _refused()
             self._limits.check_clip_bytes(status.st_size)
-            data = _read(descriptor, self._limits.max_clip_bytes + 1)  # it may be growing
-        except OSError:
-            raise _refused() from None
-        finally:
+            return open(descriptor, "rb")
+        except BaseException as error:
             os.close(descriptor)
-        self._limits.check_clip_bytes(len(data))
-        return data
+            if isinstance(error, OSError):
+                raise _refused() from None
+            raise
 
-    def _open(self, path: str) -> int:
+    def _descriptor(self, path: str) -> int:
         """Raises OSError, or ValueError for a path that leads out of the folder."""
         *folders, name = Path(os.path.realpath(path)).relative_to(self._folder).parts or ("",)
         parent = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -79,14 +79,6 @@ def _path_of(url: str) -> str:
     if parts.netloc.lower() not in _OWN_HOSTS or not path.startswith("/") or "\0" in path:
         raise _invalid()
     return path
-
-
-def _read(descriptor: int, max_bytes: int) -> bytes:
-    chunks: list[bytes] = []
-    while max_bytes > 0 and (chunk := os.read(descriptor, min(max_bytes, 1 << 20))):
-        chunks.append(chunk)
-        max_bytes -= len(chunk)
-    return b"".join(chunks)
 
 
 def _refused() -> AudioFetchError:

@@ -79,9 +79,17 @@ class MediaCache:
         """Whether it may be used without asking the origin."""
         return self._clock() < answer.fresh_until
 
+    def wants(self, url: httpx.URL, headers: Mapping[str, str], num_bytes: int) -> bool:
+        """Whether an answer with a body of so many bytes may be kept and can be of use."""
+        return num_bytes + _OVERHEAD_BYTES <= self.share_bytes and self._judged(url, headers, b"") is not None
+
+    def drop(self, scope: str, url: httpx.URL) -> None:
+        """Forget what is kept of a link."""
+        self._scopes.get(scope, OrderedDict()).pop(_key(url), None)
+
     def put(self, scope: str, url: httpx.URL, headers: Mapping[str, str], body: bytes) -> None:
         """Keep an answer, if it may be kept and can be of use, in place of the one before."""
-        self._scopes.get(scope, OrderedDict()).pop(_key(url), None)
+        self.drop(scope, url)
         self._drop_expired()
         answer = self._judged(url, headers, body)
         if answer is None or answer.num_held_bytes > self.share_bytes:

@@ -1,7 +1,7 @@
 """What an `AudioLoader` tells of its work: how long the stages of a clip took, and what its file was.
 
-Stages: `fetch` (over the network), `decode` (resampling and hashing included). Calls come from the loop and from
-worker threads; they must be quick and must not raise.
+Stages: `fetch` (over the network), `decode` (resampling and hashing included), `resample` (that part of it alone).
+Calls come from the loop and from worker threads; they must be quick and must not raise.
 """
 
 from typing import Protocol

@@ -45,6 +45,8 @@ FIGURES = ("requests_per_s", "output_tokens_per_s", "ttft_s", "time_per_output_t
 COMPARED = ("requests_per_s", "ttft_s", "time_per_output_token_s")
 SEEDS_OF_A_CELL = 1000
 FIRST_MEASURED_SEED = 100_000
+MIN_REPEATS = 3
+"""Of a batch beside transformers: the first still meets new memory, and the median of two is a mean."""
 
 Cell = tuple[float, int]
 
@@ -163,7 +165,14 @@ def offline(args: argparse.Namespace, checkpoint: Path, dtype: str) -> list[dict
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "offline.json"
         words = ["--model", checkpoint, "--dtype", dtype, "--output-tokens", args.output_tokens, "--output", output]
-        words += ["--requests", *args.concurrency, "--clip-seconds", *args.clip_seconds, "--repeats", args.rounds]
+        words += [
+            "--requests",
+            *args.concurrency,
+            "--clip-seconds",
+            *args.clip_seconds,
+            "--repeats",
+            max(args.rounds, MIN_REPEATS),
+        ]
         command = [sys.executable, "-m", "benchmarks.offline", *(str(word) for word in words)]
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(args.threads)} if args.threads else {})}
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=environment)

@@ -23,6 +23,7 @@ from benchmarks.report import finish
 from benchmarks.servers import ROOT, end_tree
 
 BUDGET_S = 15 * 60
+PICTURE = Path("docs/images/cpu.png")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ def run_part(part: Part, output: Path, extra: list[str]) -> dict[str, Any]:
 
 
 def draw(comparison: Path, picture: Path) -> None:
-    """In a process of its own: here nothing imports matplotlib."""
+    """In a process of its own: here nothing imports matplotlib. The README's picture brings its table along."""
     command = [sys.executable, "-m", "benchmarks.picture", str(comparison), str(picture)]
+    command += ["README.md"] if picture == PICTURE else []
     subprocess.run(command, cwd=ROOT, check=True)
 
 
@@ -75,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/cpu"), help="in the repository")
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/cpu.png"), help="in the repository")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="in the repository")
     parser.add_argument("--compare", default="", help="more options for benchmarks.compare, in one string")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, which ends the part

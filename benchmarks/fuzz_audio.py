@@ -9,6 +9,7 @@ written to `--findings`; each belongs into tests/audio/test_hostile_files.py or 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import random
 import sys
@@ -28,7 +29,8 @@ except ImportError:  # it is needed for one mode only, and has no wheel for ever
 
 import audio.media_url
 import audio.source
-from audio import AudioError, AudioLimits, FetchPolicy
+import audio.text_file
+from audio import AudioError, AudioLimits, FetchPolicy, FiledText, TextFile
 from audio.decoder_pool import DecoderPool
 from benchmarks.report import finish
 from tests.audio.signals import chirp, encoded, written
@@ -128,7 +130,7 @@ def files(args: argparse.Namespace) -> dict[str, Any]:
             data = mutated(source, corpus)
             num_deaths = deaths.signals.total()
             started = time.monotonic()
-            outcome = outcome_of(lambda data=data: pool.decode(data))  # type: ignore[misc]
+            outcome = outcome_of(lambda data=data: pool.decode(io.BytesIO(data)))  # type: ignore[misc]
             took = time.monotonic() - started
             outcomes[outcome] += 1
             worst_s = max(worst_s, took)
@@ -174,16 +176,21 @@ def references(args: argparse.Namespace) -> dict[str, Any]:
 
     def one(data: bytes) -> None:
         text = data.decode("utf-8", "surrogateescape")
-        for name, read in (("inline", audio.source.decode_inline), ("link", audio.media_url.parse_media_url)):
+        reads: dict[str, Callable[[], object]] = {
+            "inline": lambda: audio.source.write_inline(text, io.BytesIO(), limits),
+            "filed": lambda: audio.source.write_inline(filed(data), io.BytesIO(), limits),
+            "link": lambda: audio.media_url.parse_media_url(text, policy),
+        }
+        for name, read in reads.items():
             started = time.thread_time()
             try:
-                read(text, limits if name == "inline" else policy)  # type: ignore[operator]
+                read()
                 counts[f"{name} accepted"] += 1
             except AudioError as error:
                 counts[f"{name} {error.code}"] += 1
             assert time.thread_time() - started < MAX_INLINE_S
 
-    for module in (audio.source, audio.media_url):
+    for module in (audio.source, audio.text_file, audio.media_url):
         for name, function in list(vars(module).items()):
             if isinstance(function, FunctionType) and function.__module__ == module.__name__:
                 setattr(module, name, atheris.instrument_func(function))
@@ -198,6 +205,13 @@ def references(args: argparse.Namespace) -> dict[str, Any]:
     atheris.Setup([sys.argv[0], *options, "-max_len=8192", "-print_final_stats=1", str(corpus)], one)
     atheris.Fuzz()
     return dict(counts)  # libFuzzer ends the process itself
+
+
+def filed(data: bytes) -> FiledText:
+    """As if a request had it between quotes."""
+    file = TextFile()
+    file.write(data)
+    return FiledText(file, 0, len(data))
 
 
 def main() -> None:

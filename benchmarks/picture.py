@@ -1,8 +1,9 @@
 """A comparison as a picture: TTFT and throughput against concurrency, a column for each clip length.
 
-    python -m benchmarks.picture benchmarks/results/cpu/compare.json docs/images/cpu.png
+    python -m benchmarks.picture benchmarks/results/cpu/compare.json docs/images/cpu.png README.md
 
-The only importer of matplotlib. An opaque light background, so that it reads the same on dark pages.
+The figures of a page, if one is named, are written anew between its marks. The only importer of matplotlib. An
+opaque light background, so that it reads the same on dark pages.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.bar import find_cell
+from benchmarks.readme import with_figures
 
 INK, GRID = "#24292f", "#d8dee4"
 STYLES = {
@@ -95,9 +97,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path, help="what benchmarks.compare wrote")
     parser.add_argument("output", type=Path)
+    parser.add_argument("page", type=Path, nargs="?", help="with marks between which the figures stand")
     args = parser.parse_args()
+    document = json.loads(args.comparison.read_text(encoding="utf-8"))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(json.loads(args.comparison.read_text(encoding="utf-8"))).savefig(args.output, dpi=110, facecolor="white")
+    draw(document).savefig(args.output, dpi=110, facecolor="white")
+    if args.page:
+        args.page.write_text(with_figures(args.page.read_text(encoding="utf-8"), document), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -208,6 +208,9 @@ class Settings(BaseModel):
         "default: none",
         metavar="ORIGIN",
     )
+    playground: bool = _setting(
+        "server", True, "serve the page for people under / and its files under /static/, which need no key"
+    )
     max_requests_per_minute: int | None = _setting(
         "server", None, "most requests (POST) of one key in a minute; default: no limit", ge=1
     )
@@ -222,6 +225,19 @@ class Settings(BaseModel):
         "server", None, "most requests (POST) of one key at once; default: no limit", ge=1
     )
     max_body_mb: float = _setting("server", 64, "largest request body, in MiB", gt=0)
+    max_body_memory_mb: float = _setting(
+        "server",
+        32,
+        "memory that the bodies of all requests may take together, in MiB; audio in them is on disk instead, in "
+        "TMPDIR, but for pieces of up to 32 KiB; more are refused with 503",
+        gt=0,
+    )
+    max_body_disk_mb: float = _setting(
+        "server",
+        16_384,
+        "disk that the bodies and uploads of all requests may take together, in MiB; more are refused with 503",
+        gt=0,
+    )
     max_num_queued_reqs: int = _setting(
         "server",
         1024,

@@ -47,7 +47,7 @@ def grow(sequence: Sequence, tokens: tuple[SampledToken, ...], max_model_len: in
 
 def _times(sequence: Sequence) -> RequestTimes:
     """As of its first token."""
-    return RequestTimes(sequence.queued_at, sequence.scheduled_at, sequence.encoded_at, time.monotonic())
+    return RequestTimes(sequence.queued_at, sequence.scheduled_at, sequence.encoding, time.monotonic())
 
 
 def failed(sequence_id: SequenceId, error: str) -> EngineOutput:

@@ -44,7 +44,7 @@ def choose(logits: Tensor, batch: RowGroups) -> tuple[Tensor, Tensor]:
         token_ids, broken = logits.argmax(-1), logits.isnan().any(-1)
     if rows := batch.rows(_is_partial):
         count = min(max(row.sampling.top_k for row in rows.members), logits.shape[1])
-        values, ids = logits[rows.index].topk(count)
+        values, ids = _best_candidates(logits[rows.index], count)
         token_ids[rows.index] = _sample_candidates(values / rows.column("temperature"), ids, rows)
     if rows := batch.rows(_is_sorted):
         token_ids[rows.index] = _sample_sorted(logits[rows.index], rows)
@@ -125,6 +125,24 @@ def _sample_sorted(logits: Tensor, rows: RowGroup) -> Tensor:
     """All in order. logits: [R, V] -> int64 [R]."""
     values, ids = (logits / rows.column("temperature")).sort(dim=-1, descending=True, stable=True)
     return _sample_candidates(values, ids, rows)
+
+
+def _best_candidates(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """logits: float32 [R, V] -> the best first, of equals the lower ids, and their ids, int64: [R, count] each.
+
+    Which of equals `topk` takes, and in which order, depends on the count, so on the batch. Where it matters nothing
+    is equal: a key has a logit's bits, turned so that they rise with it, above those of its id, which fall.
+    """
+    last = logits.shape[1] - 1
+    if logits.device.type == "cpu":  # which may look
+        values, ids = logits.topk(min(count + 1, last + 1))
+        if bool((values[:, 1:] < values[:, :-1]).all()):
+            return values[:, :count], ids[:, :count]
+    bits = (logits + 0.0).view(torch.int32)  # both zeros become one
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    keys |= last - torch.arange(last + 1, device=logits.device)
+    ids = last - (keys.topk(count).values & 0xFFFFFFFF)
+    return logits.gather(1, ids), ids
 
 
 def _sample_candidates(values: Tensor, ids: Tensor, rows: RowGroup, probabilities: Tensor | None = None) -> Tensor:

@@ -148,6 +148,8 @@ class EngineCore:
 
     def _update(self, plan: SchedulerOutput, result: StepResult) -> list[EngineOutput]:
         """Take a result in. -> what it gave to those that have not ended since."""
+        if result.encoding:
+            plan.note_encoding(*result.encoding)
         unfinished = {item.sequence.sequence_id for item in _unfinished(plan)}
         sampled = {key: token for key, token in result.sampled.items() if key in unfinished}
         outputs = self.scheduler.update(plan, self.runner.guidance.advance(sampled), result.failed_clips)

@@ -6,6 +6,7 @@ work that was queued before: what goes there is pinned first, and what comes bac
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,34 @@ def copy_into(target: Tensor, values: np.ndarray) -> None:
 def free_bytes(device: torch.device) -> int:
     """What nobody has of the device's memory. 0 on a CPU, where it is not counted."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+class DeviceStopwatch:
+    """How long what is queued between its making and `stop` takes the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.began = time.monotonic()
+        """When it was queued; on a CPU, when it ran."""
+        self._ended = self.began
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            self._events = begin, end
+
+    def stop(self) -> None:
+        """Once."""
+        self._ended = time.monotonic()
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Waits for the device."""
+        if not self._events:
+            return self._ended - self.began
+        begin, end = self._events
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
 
 
 class HostCopy:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.choice import MAX_PARTIAL
 from engine.cuda_graphs import DecodeGraphs, graph_capture
 from engine.device import free_bytes
 from engine.encoder_graphs import EncoderGraphs
@@ -27,8 +28,9 @@ from engine.sample_row import SampleRow
 from engine.sampler import Sampler
 from engine.sequence import Sequence
 from model.attention import AttentionMetadata
-from model.config import MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES, num_audio_tokens
-from model.kv_cache import allocate_kv_cache, bytes_per_block
+from model.clip_pack import Samples
+from model.config import HOP_LENGTH, MAX_AUDIO_SAMPLES, MAX_MEL_FRAMES, num_audio_tokens
+from model.kv_cache import allocate_kv_cache, bytes_per_block, copy_blocks
 from model.qwen2_audio import Qwen2Audio
 
 CPU_KV_BYTES = 2 << 30
@@ -162,11 +164,17 @@ def graph_bytes(graphs: DecodeGraphs | EncoderGraphs) -> int:
 
 @torch.inference_mode()
 def run_largest_step(args: EngineArgs, model: Qwen2Audio, kv_cache: Tensor) -> None:
-    """The encoder's largest run, then a sequence that fills the token budget, then the dearest way to sample."""
+    """The dearest way to sample, whose tables stay; then the encoder's largest runs, copies of blocks for as many
+    choices as can begin at once, and a sequence that fills the token budget, sampled again.
+    """
     device, num_tokens = model.device, _token_budget(args)
+    members = _dearest_rows(args)[:num_tokens]
     if model.shard.rank == 0:
-        num_clips = max(1, args.max_encoder_frames // MAX_MEL_FRAMES)
-        model.encode_audio([np.zeros(MAX_AUDIO_SAMPLES, dtype=np.float32)] * num_clips)
+        sampler = Sampler(args.max_num_seqs, model.config.text.vocab_size, device)
+        sampler.sample(torch.zeros(len(members), model.config.text.vocab_size, device=device), members).result()
+        for clips in _largest_runs(args):
+            model.encode_audio(clips)
+    copy_blocks(kv_cache, torch.zeros(args.max_num_seqs, 2, dtype=torch.int64, device=device))
     positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
     num_blocks = kv_cache.shape[2]
     metadata = AttentionMetadata(
@@ -179,16 +187,26 @@ def run_largest_step(args: EngineArgs, model: Qwen2Audio, kv_cache: Tensor) -> N
         seq_lens_device=torch.tensor([num_tokens], dtype=torch.int32, device=device),
         query_starts=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
     )
-    hidden = model(model.embed(torch.zeros_like(positions)), positions, kv_cache, metadata)
-    members = _dearest_rows(args)[:num_tokens]
-    logits = model.compute_logits(hidden[: len(members)])
+    hidden = model.embed(torch.zeros_like(positions))
+    model.shard.broadcast(hidden)
+    logits = model.compute_logits(model(hidden, positions, kv_cache, metadata)[: len(members)])
     if model.shard.rank == 0:
-        Sampler(args.max_num_seqs, logits.shape[1], device).sample(logits, members).result()
+        sampler.sample(logits, members).result()
+
+
+def _largest_runs(args: EngineArgs) -> Iterator[list[Samples]]:
+    """As many mel frames as one run can have: in long clips, and in one clip for each token of a step."""
+    frames = max(args.max_encoder_frames, MAX_MEL_FRAMES)
+    yield [np.zeros(MAX_AUDIO_SAMPLES, dtype=np.float32)] * (frames // MAX_MEL_FRAMES)
+    num_clips = min(_token_budget(args), frames)
+    yield [np.zeros(frames // num_clips * HOP_LENGTH, dtype=np.float32)] * num_clips
 
 
 def _dearest_rows(args: EngineArgs) -> list[SampleRow]:
     """As many as a step can have, of parameters that take all there is of the sampler's work space."""
-    params = SamplingParams(max_tokens=1, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20)
+    params = SamplingParams(
+        max_tokens=1, top_k=MAX_PARTIAL + 1, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20
+    )
     sequences = [Sequence(EngineRequest(str(row), (0,), params), seed=row) for row in range(args.max_num_seqs)]
     drafts = range(1 + args.num_speculative_tokens)
     return [SampleRow(sequence, (0,) * num_drafts) for sequence in sequences for num_drafts in drafts]

@@ -109,8 +109,9 @@ class RequestTimes:
     """It arrived, before its grammar was compiled."""
     scheduled: float
     """The first step that computes something of it was planned; a preemption does not change that."""
-    encoded: float | None
-    """The step that took in its last clip was through. None: there was none, or the prefix cache had it."""
+    encoding: tuple[float, float] | None
+    """When the first encoder run with a clip of its own began, and the seconds of all such runs, which other clips
+    may have shared. None: nothing was encoded for it."""
     first_token: float
     """The step that sampled its first token was through."""
 
@@ -283,3 +284,5 @@ class EngineArgs:
     """Tokens that have to agree for what followed to be a draft, and agreement beyond which no longer one counts."""
     seed: int | None = None
     """Makes the seeds of requests that bring none repeatable, in order of arrival; None: from the system."""
+    log_json: bool = False
+    """Log lines of the engine's processes as JSON."""

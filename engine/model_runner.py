@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.answer import SampledToken
 from engine.cuda_graphs import Capture, DecodeGraphs
-from engine.device import HostCopy, to_device
+from engine.device import DeviceStopwatch, HostCopy, to_device
 from engine.encoder_graphs import EncoderGraphs
 from engine.guidance import Guidance, TokenMasks
 from engine.input_batch import ForwardStep, InputBatch, LogitRows, build_input_batch
@@ -44,6 +44,8 @@ class StepResult:
     """For every sequence of the plan that samples: its next token, with drafts its next ones."""
     failed_clips: frozenset[str] = frozenset()
     """Content hashes of clips that could not be encoded."""
+    encoding: tuple[float, float] | None = None
+    """When the encoder run of the step began (`time.monotonic`), and its seconds on the device."""
 
 
 @dataclass(slots=True)
@@ -56,6 +58,12 @@ class EncodedClips:
     """Of the others."""
     are_finite: HostCopy | None = None
     """bool, for each of `hashes`."""
+    watch: DeviceStopwatch | None = None
+    """Of the run."""
+
+    def times(self) -> tuple[float, float] | None:
+        """When the run began, and its seconds. Waits for the device."""
+        return (self.watch.began, self.watch.seconds()) if self.watch else None
 
     def failed(self) -> frozenset[str]:
         """Content hashes of clips without usable embeddings. Waits for the device."""
@@ -86,7 +94,7 @@ class PendingStep:
 
     def result(self) -> StepResult:
         """Waits for the device. Raises what went wrong there."""
-        return StepResult(self.sampled.result() if self.sampled else {}, self.encoded.failed())
+        return StepResult(self.sampled.result() if self.sampled else {}, self.encoded.failed(), self.encoded.times())
 
 
 class ModelRunner(RankRunner):
@@ -205,12 +213,14 @@ class ModelRunner(RankRunner):
         """Fill `_clips`."""
         if not clips:
             return EncodedClips()
+        watch = DeviceStopwatch(self.device)
         broken = self._encode(clips)
+        watch.stop()
         hashes = tuple(clip.content_hash for clip in clips if clip.content_hash not in broken)
         if not hashes:
-            return EncodedClips(broken)
+            return EncodedClips(broken, watch=watch)
         are_finite = torch.stack([self._clips[content_hash].isfinite().all() for content_hash in hashes])
-        return EncodedClips(broken, hashes, HostCopy(are_finite))
+        return EncodedClips(broken, hashes, HostCopy(are_finite), watch)
 
     def _encode(self, clips: Rows[AudioClip]) -> frozenset[str]:
         """When a batch breaks, find the culprit by encoding one at a time. -> hashes of those that raised."""

@@ -35,6 +35,16 @@ class SchedulerOutput:
     evicted_clips: tuple[str, ...] = ()
     """Content hashes whose embeddings the runner may free."""
 
+    def note_encoding(self, began: float, seconds: float) -> None:
+        """Tell the sequences whose clips were in the step's encoder run when that began and how long it took."""
+        hashes = {clip.content_hash for clip in self.clips_to_encode}
+        for item in self.scheduled:
+            sequence = item.sequence
+            clips = sequence.clips_within(item.start, item.start + item.num_tokens)
+            if any(clip.content_hash in hashes for clip in clips):
+                first, before = sequence.encoding or (began, 0.0)
+                sequence.encoding = first, before + seconds
+
 
 @dataclass(slots=True)
 class PlanInProgress:

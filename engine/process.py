@@ -23,6 +23,7 @@ from engine import channel
 from engine.core import EngineCore
 from engine.device import resolve_device
 from engine.errors import EngineStartError, RankError
+from engine.log_lines import log_all
 from engine.loop import Inbox, run_loop
 from engine.messages import EngineArgs, EngineFailed, FromEngine, Shutdown
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def main(args: EngineArgs, connection: Connection) -> None:
     """Entry point of the child process."""
-    configure("engine")
+    configure("engine", as_json=args.log_json)
     outbox = _Outbox(connection)
     try:
         if resolve_device(args.device).type == "cpu":
@@ -84,11 +85,9 @@ class _Outbox:
         os._exit(1)  # other threads may wait for what never comes
 
 
-def configure(name: str) -> None:
+def configure(name: str, *, as_json: bool) -> None:
     """Logging and signals of an engine's process."""
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s %(levelname)s {name}: %(message)s", stream=sys.stderr
-    )
+    log_all(name, as_json=as_json)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

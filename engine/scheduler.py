@@ -167,8 +167,6 @@ class Scheduler:
                 continue
             sequence.num_pending_tokens = 0
             has_clips = item.start < sequence.end_of_clips
-            if has_clips and sequence.end_of_clips <= item.start + item.num_tokens:
-                sequence.encoded_at = sequence.encoded_at or time.monotonic()
             tokens = sampled.get(sequence.sequence_id)
             output = grow(sequence, tokens, self.max_model_len) if tokens else None
             num_rejected = self.speculation.count_rejected(len(item.draft_token_ids), output)

@@ -51,7 +51,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     queued_at: float = field(default_factory=time.monotonic)
     scheduled_at: float = 0.0
-    encoded_at: float | None = None
+    encoding: tuple[float, float] | None = None
     """These three: see `engine.messages.RequestTimes`. Nothing is decided by them."""
     sequence_id: SequenceId = field(init=False)
     """Unique among all sequences in the engine: the key of whatever is kept for each of them."""

@@ -35,7 +35,7 @@ Inbox = queue.SimpleQueue[ForwardStep | LogitRows | Shutdown]
 
 def main(args: EngineArgs, rank: int, port: int, connection: Connection) -> None:
     """Entry point of the process. port: where rank 0 listens for the others."""
-    configure(f"rank {rank}")
+    configure(f"rank {rank}", as_json=args.log_json)
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="reader").start()
     try:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from model.attention.base import AttentionBackend, EncoderMetadata
 from model.clip_pack import PackedClips
 from model.config import AudioConfig, num_conv_frames, num_mel_frames
+from model.layers import Embedding
 from model.linear import Linear
 from model.log_mel import log_mel, log_mel_padded
 
@@ -34,7 +35,7 @@ class AudioEncoder(nn.Module):
         self.num_mel_bins = config.num_mel_bins
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, stride=2)
-        self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
+        self.embed_positions = Embedding(config.max_source_positions, config.d_model)
         blocks = [EncoderLayer(config, backend) for _ in range(config.encoder_layers)]
         self.layers: Iterable[EncoderLayer] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.layer_norm = nn.LayerNorm(config.d_model)

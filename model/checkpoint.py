@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from model.errors import CheckpointError
+from model.weight_files import tensor_files
 
 WANTED_FILES = ["*.json", "*.jinja", "merges.txt"]
 WEIGHT_FILES = ["*.safetensors"]
@@ -19,8 +20,15 @@ def resolve_checkpoint(
 ) -> Path:
     """A local folder as it is; anything else as a hub id, downloaded with a progress bar unless cached.
 
-    Raises CheckpointError when it is neither.
+    Raises CheckpointError when it is neither, or lacks a file of weights that are wanted.
     """
+    folder = _find(path_or_id, revision, download_dir, with_weights=with_weights)
+    if with_weights:
+        tensor_files(folder)
+    return folder
+
+
+def _find(path_or_id: str, revision: str | None, download_dir: str | None, *, with_weights: bool) -> Path:
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder.resolve()

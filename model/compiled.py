@@ -10,6 +10,7 @@ item and not the whole region.
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -51,6 +52,10 @@ def compile_region(arguments: np.dtype[Any]) -> Callable[[Callable[[Any], None]]
     """
 
     def decorate(function: Callable[[Any], None]) -> int:
+        closed_over = inspect.getclosurevars(function).nonlocals.values()
+        assert all(isinstance(value, bool | int | float | type) for value in closed_over), (
+            "what is kept is found by these"
+        )
         signature = types.void(types.CPointer(from_dtype(arguments)))
         try:
             compiled = cfunc(signature, cache=True, fastmath=REASSOCIATE, error_model="numpy")(function)
@@ -80,6 +85,37 @@ def take_next(_typing: Any, _address: Any) -> Any:
         return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def prefetch(_typing: Any, _array: Any, _index: Any) -> Any:
+    """Ask for the cache line of an array's element. Nothing waits for it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        element = builder.bitcast(builder.gep(array.data, [arguments[1]]), cgutils.voidptr_t)
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [element, word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(_array, types.int64), codegen
+
+
+@intrinsic
+def start_region(_typing: Any, _start: Any, _kernel: Any, _arguments: Any, _num_threads: Any) -> Any:
+    """`parallel_region`, whose address is given, from compiled code: a kernel, its arguments, threads; all int64."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, cgutils.voidptr_t, word, word])
+        function = builder.inttoptr(arguments[0], kind.as_pointer())
+        kernel, given = (builder.inttoptr(address, cgutils.voidptr_t) for address in arguments[1:3])
+        builder.call(function, [kernel, given, builder.trunc(arguments[3], word), word(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from model.attention.paged_cpu import PagedAttention
-from model.attention.rotate_cpu import compile_rotation
 from model.compiled import parallel_region
 from model.fused_cpu import rms_norm, swiglu
 from model.layers import RMSNorm, SwiGlu
 from model.linear import Linear
+from model.one_token_cpu import OneTokenPass, can_run
+from model.one_token_cpu import compile_kernels as compile_one_token
 from model.qwen2_audio import Qwen2Audio
 
 
@@ -26,15 +27,12 @@ def prepare_for_cpu(model: Qwen2Audio, *, int8: bool = False) -> None:
                 module.kernel = rms_norm
             elif isinstance(module, SwiGlu):
                 module.kernel = swiglu
+    if model.shard.size == 1 and can_run(model.decoder):
+        model.decoder.one_token = OneTokenPass(model.decoder)
 
 
 def compile_kernels(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
     """Compile, once for a process, what the first step would wait seconds for."""
     if parallel_region():
         PagedAttention(head_dim, block_size, dtype)
-        compile_rotation(dtype == torch.bfloat16)
-        if dtype != torch.bfloat16:
-            return
-        row = torch.ones(1, 2, dtype=torch.bfloat16)
-        rms_norm(row, row[0], 1.0)
-        swiglu(row)
+        compile_one_token(dtype == torch.bfloat16)

@@ -1,6 +1,7 @@
 """Row-wise layers in one pass over memory on a CPU, compiled by numba. RMSNorm of bfloat16 takes torch eight.
 
-Roundings are those of the reference, operator by operator. All tensors are bfloat16.
+Roundings are those of the reference, operator by operator. `rms_norm` and `swiglu` take bfloat16: torch has as
+good for float32, and only `one_token_cpu` takes that from here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from model.compiled import compile_region, exp2, narrow, parallel_region, pointer, take_next, widen
+from model.compiled import as_float32, compile_region, exp2, narrow, parallel_region, pointer, take_next, widen
 
 ARGUMENTS = np.dtype(
     [
@@ -30,13 +31,13 @@ MINUS_LOG2_E = -1.4426950408889634
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Statistics in float32, rounded, then times the weight. x: [T, C], weight: [C] -> [T, C]."""
     x = x.contiguous()
-    return _run(_rms_norm(), x, torch.empty_like(x), weight.data_ptr(), eps)
+    return _run(compile_rms_norm(is_bfloat16=True), x, torch.empty_like(x), weight.data_ptr(), eps)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up. x: [T, 2 C], the gates first -> [T, C]."""
     x = x.contiguous()
-    return _run(_swiglu(), x, x.new_empty(x.shape[0], x.shape[1] // 2))
+    return _run(compile_swiglu(is_bfloat16=True), x, x.new_empty(x.shape[0], x.shape[1] // 2))
 
 
 def _run(kernel: int, x: Tensor, out: Tensor, weight: int = 0, eps: float = 0.0) -> Tensor:
@@ -51,13 +52,16 @@ def _run(kernel: int, x: Tensor, out: Tensor, weight: int = 0, eps: float = 0.0)
 
 
 @cache
-def _rms_norm() -> int:
+def compile_rms_norm(is_bfloat16: bool) -> int:
+    """-> address of a C function that takes a pointer to ARGUMENTS. Else everything is float32."""
+    kind = np.int16 if is_bfloat16 else np.float32
+
     @compile_region(ARGUMENTS)
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
-        x = carray(pointer(a.x), (a.num_rows, a.width), np.int16)
-        out = carray(pointer(a.out), (a.num_rows, a.width), np.int16)
-        weight = carray(pointer(a.weight), a.width, np.int16)
+        x = carray(pointer(a.x), (a.num_rows, a.width), kind)
+        out = carray(pointer(a.out), (a.num_rows, a.width), kind)
+        weight = carray(pointer(a.weight), a.width, kind)
         while True:
             first = take_next(a.next_item) * ROWS
             if first >= a.num_rows:
@@ -65,32 +69,39 @@ def _rms_norm() -> int:
             for row in range(first, min(first + ROWS, a.num_rows)):
                 total = np.float32(0)
                 for i in range(a.width):
-                    value = widen(x[row, i])
+                    value = as_float32(x[row, i])
                     total += value * value
                 scale = np.float32(1) / np.sqrt(total / np.float32(a.width) + a.eps)
                 for i in range(a.width):
-                    normal = widen(narrow(widen(x[row, i]) * scale))
-                    out[row, i] = narrow(widen(weight[i]) * normal)
+                    normal = as_float32(x[row, i]) * scale
+                    if is_bfloat16:
+                        out[row, i] = narrow(as_float32(weight[i]) * widen(narrow(normal)))
+                    else:
+                        out[row, i] = as_float32(weight[i]) * normal
 
     return region
 
 
 @cache
-def _swiglu() -> int:
+def compile_swiglu(is_bfloat16: bool) -> int:
+    """-> address of a C function that takes a pointer to ARGUMENTS. Else everything is float32."""
+    kind = np.int16 if is_bfloat16 else np.float32
+
     @compile_region(ARGUMENTS)
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
         width = a.width  # read once: a loop that stores cannot be vectorised if it reads its own bounds again
-        x = carray(pointer(a.x), (a.num_rows, 2 * width), np.int16)
-        out = carray(pointer(a.out), (a.num_rows, width), np.int16)
+        x = carray(pointer(a.x), (a.num_rows, 2 * width), kind)
+        out = carray(pointer(a.out), (a.num_rows, width), kind)
         while True:
             first = take_next(a.next_item) * ROWS
             if first >= a.num_rows:
                 break
             for row in range(first, min(first + ROWS, a.num_rows)):
                 for i in range(width):
-                    gate = widen(x[row, i])
+                    gate = as_float32(x[row, i])
                     silu = gate / (np.float32(1) + exp2(gate * np.float32(MINUS_LOG2_E)))
-                    out[row, i] = narrow(widen(narrow(silu)) * widen(x[row, width + i]))
+                    up = as_float32(x[row, width + i])
+                    out[row, i] = narrow(widen(narrow(silu)) * up) if is_bfloat16 else silu * up
 
     return region

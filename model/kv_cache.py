@@ -31,8 +31,9 @@ def allocate_kv_cache(
 def copy_blocks(kv_cache: Tensor, pairs: Tensor) -> None:
     """Copy whole blocks in all layers: all are read before any is written. pairs: int64 [K, 2], (from, to) each.
 
-    Targets differ.
+    Targets differ. What has been read waits in memory: that of one layer's keys or values at a time.
     """
     sources, targets = pairs.unbind(1)
-    blocks = movable(kv_cache)
-    blocks[:, :, targets] = blocks[:, :, sources]
+    for layer in movable(kv_cache):
+        for blocks in layer:
+            blocks[targets] = blocks[sources]

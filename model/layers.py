@@ -63,7 +63,14 @@ class SwiGlu(nn.Module):
         return F.silu(gate) * up
 
 
-class VocabEmbedding(nn.Embedding):
+class Embedding(nn.Embedding):
+    """Rows to look up, empty until a checkpoint fills them."""
+
+    def reset_parameters(self) -> None:
+        """Leave them: random numbers for tensors without memory are torch's compiler's, a second of imports."""
+
+
+class VocabEmbedding(Embedding):
     """Token embeddings, of which each rank has a run of the vocabulary."""
 
     def __init__(self, vocab_size: int, width: int, shard: Shard) -> None:

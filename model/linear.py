@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.gemv_cpu import packed_blocks
 from model.parallel import Shard
 
 MAX_INT8_ROWS = 4
@@ -45,6 +46,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.gelu = gelu
         self._packed: Tensor | None = None
+        self.blocks: int | None = None
+        """Where the packed weight lies, if it is all that the product takes and `gemv_cpu` can read it."""
         self._int8: tuple[Tensor, Tensor] | None = None
         """int8 [N, K], and the scale of each output, [N]."""
         self._product: Product | None = None
@@ -84,6 +87,7 @@ class Linear(nn.Linear):
             self._int8 = rounded.to(torch.int8), scales[:, 0]
             weight = (rounded * scales.float()).to(weight.dtype)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.blocks = None if int8 else packed_blocks(self._packed, weight)
         del self.weight
 
     def _forward_packed(self, x: Tensor, residual: Tensor | None) -> Tensor:

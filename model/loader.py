@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.attention.base import AttentionBackend
-from model.config import AudioConfig, Qwen2AudioConfig, TextConfig, read_json
+from model.config import AudioConfig, Qwen2AudioConfig, TextConfig
 from model.errors import CheckpointError, ConfigError
 from model.kv_scales import set_kv_scales
 from model.linear import Linear
@@ -30,10 +29,9 @@ from model.quantization.packing import GroupedWeight
 from model.quantization.stored import StoredWeights
 from model.quantization.stored import kv_scales as stored_kv_scales
 from model.qwen2_audio import Qwen2Audio
+from model.weight_files import check_content, open_weights, tensor_files
 
 LM_HEAD = "language_model.lm_head.weight"
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 
 Progress = Callable[[int, int], None]
 """Called with (tensors loaded, tensors in all)."""
@@ -83,7 +81,7 @@ def load_model(
     the decoder packed where the kernels take them; everything else is unpacked.
     """
     config = replace(config, text=shard.share(config.text))
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     stored = StoredWeights(set(files), config.quantization)
     if shard.size > 1 and (config.quantization or stored.kv_scale_names):
         raise ConfigError("a checkpoint that is quantised, or has scales of its keys and values, loads on one rank")
@@ -124,7 +122,7 @@ def _unfilled(
     with torch.device("meta"):
         model = Qwen2Audio(config, backend, shard)
     if has_head:
-        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(model.lm_head.weight.shape, device="meta"))
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     if not has_head:  # leaving the meta device gave each module a parameter of its own
         model.lm_head.weight = model.decoder.embed_tokens.weight
@@ -182,22 +180,6 @@ class Places:
         return parameter if target.rows is None else parameter[target.start : target.start + target.rows]
 
 
-def _tensor_files(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index or from the single file's header. Raises CheckpointError."""
-    if (folder / INDEX_FILE).exists():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{INDEX_FILE} has no weight_map")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
-                raise CheckpointError(f"{INDEX_FILE}: weight_map puts {name} outside the folder, in {file!r}")
-        return dict(weight_map)
-    if not (folder / SINGLE_FILE).exists():
-        raise CheckpointError(f"{folder} holds neither {INDEX_FILE} nor {SINGLE_FILE}")
-    with _open(folder / SINGLE_FILE) as file:
-        return dict.fromkeys(file.keys(), SINGLE_FILE)
-
-
 def _part(file: Any, name: str, *, table: dict[str, Target], own: set[str], shard: Shard) -> Tensor | None:
     """What a rank, with parameters of its `own`, has of a tensor. None: nothing."""
     if shard.size == 1:
@@ -222,23 +204,11 @@ def _read(
     """`part` of each tensor, shard by shard. Raises CheckpointError when index and shard disagree."""
     for shard in sorted(set(files.values())):
         wanted = {name for name, file in files.items() if file == shard}
-        with _open(folder / shard) as file:
-            held = set(file.keys())
-            if held != wanted:
-                odd = sorted(held ^ wanted)[0]
-                raise CheckpointError(f"{shard} and {INDEX_FILE} disagree about tensor {odd}")
+        with open_weights(folder / shard, "pt") as file:
+            check_content(shard, set(file.keys()), files)
             for name in sorted(wanted):
                 if (tensor := part(file, name)) is not None:
                     yield name, tensor
-
-
-def _open(path: Path) -> safe_open:
-    if not path.exists():
-        raise CheckpointError(f"weight file {path.name} is missing from {path.parent}")
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"weight file {path.name} cannot be read: {error}") from None
 
 
 def _check_names(held: set[str], wanted: set[str]) -> None:

@@ -7,7 +7,7 @@ the config is that of this rank (`Shard.share`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -16,6 +16,9 @@ from model.config import TextConfig
 from model.layers import RMSNorm, RotaryEmbedding, SwiGlu, VocabEmbedding
 from model.linear import Linear, RowParallelLinear
 from model.parallel import Shard
+
+OneToken = Callable[[Tensor, Tensor, Tensor, Tensor, AttentionMetadata], Tensor]
+"""hidden [1, C], cos, sin, kv and metadata, as in `Qwen2Decoder.forward` -> [1, C]."""
 
 
 class Qwen2Decoder(nn.Module):
@@ -28,6 +31,8 @@ class Qwen2Decoder(nn.Module):
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
+        self.one_token: OneToken | None = None
+        """Computes all layers for a step of one token, where there is such a thing."""
 
     def forward(
         self,
@@ -42,6 +47,9 @@ class Qwen2Decoder(nn.Module):
         Of the last layer, rows that nobody asks for need only their keys and values.
         """
         cos, sin = self.rotary.tables(positions, hidden.dtype)
+        if self.one_token and len(hidden) == 1 and kv.dtype == hidden.dtype:
+            hidden = self.one_token(hidden, cos, sin, kv, metadata)
+            return hidden if rows is None else hidden[rows]
         addend = None
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):

@@ -48,13 +48,21 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Run the server. -> exit status."""
+    """Run the server that the command line asks for. -> exit status."""
     try:
         settings = load_settings(sys.argv[1:])
+    except SettingsError as error:
+        return _fail(str(error), EXIT_USAGE)
+    return run(settings)
+
+
+def run(settings: Settings) -> int:
+    """Run the server until it ends. -> exit status."""
+    try:
         if settings.otlp_traces_endpoint:
             check_tracing()
         is_closed = len(api_keys(settings)) > 0  # what is wrong with keys is told before minutes go into loading
-    except (SettingsError, KeysError, TracingError) as error:
+    except (KeysError, TracingError) as error:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level, as_json=settings.log_json)
     give_large_blocks_back()
@@ -109,6 +117,7 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
     gc.freeze()  # what lives as long as the server: each full collection would walk it again, for 70 ms
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    listener.listen()  # who reads the address may use it at once
     print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
     config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)
     policy = DrainPolicy(settings.drain_grace, settings.shutdown_timeout)
@@ -142,12 +151,14 @@ def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         prompt_lookup_min=settings.prompt_lookup_min,
         prompt_lookup_max=settings.prompt_lookup_max,
         seed=settings.seed,
+        log_json=settings.log_json,
     )
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    """Bind, and no more. The protocol is named: else asyncio leaves Nagle's algorithm on for what is accepted."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((host, port))
     listener.set_inheritable(True)

@@ -30,6 +30,7 @@ from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from model.errors import ConfigError
 from server.access.admission import PromptQueue, Traffic
 from server.access.auth import ApiKeys
+from server.access.held_bytes import Budget
 from server.access.key_file import KeyFile
 from server.access.quota import QuotaLimits, Quotas, QuotaScope
 from server.api.openapi import make_document
@@ -44,6 +45,7 @@ from server.observe.access_log import AccessLog
 from server.observe.metrics import Metrics
 from server.observe.observers import start_tracer
 from server.observe.request_record import RequestObserver
+from server.playground import Playground
 from server.prompt.builder import PromptBuilder
 from server.prompt.chat_template import ChatTemplate
 from server.prompt.tokenizer import Tokenizer
@@ -67,8 +69,8 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     keys = api_keys(settings)
     loader = _audio_loader(settings, keys)
     quotas = Quotas(_quota_limits(settings))
-    serving = _serving(settings, engine, checkpoint, _media(settings, loader, keys, quotas))
-    metrics = Metrics(engine, serving.model_names[0])
+    serving = _serving(settings, engine, checkpoint, _media(settings, engine, loader, keys, quotas))
+    metrics = _metrics(engine, serving.model_names[0])
     tracer = start_tracer(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
     observers: list[RequestObserver] = [metrics, AccessLog(), *((tracer,) if tracer else ())]
 
@@ -84,15 +86,15 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.serving = serving
     app.state.transcriber = _transcriber(settings, serving, loader)
-    app.state.traffic = Traffic(engine.info.max_num_seqs + settings.max_num_queued_reqs)
+    app.state.traffic = _traffic(settings, engine)
     app.state.metrics = metrics
-    if isinstance(engine, SupervisedEngineClient):
-        engine.on_restart = metrics.engine_restarted
     app.state.started = int(time.time())
     app.state.max_body_bytes = int(settings.max_body_mb * MIB)
     app.state.max_upload_bytes = int(settings.max_upload_mb * MIB)
     app.state.openapi = make_document(router.routes, has_keys=len(keys) > 0)
     app.include_router(router)
+    playground = Playground(is_on=settings.playground)
+    app.router.routes.extend(playground.routes)
     app.add_exception_handler(HTTPException, _refuse)
     if quotas.has_limits:
         app.add_middleware(QuotaScope, quotas=quotas)
@@ -100,7 +102,8 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
         RequestScope,
         keys=keys,
         traffic=app.state.traffic,
-        route_of=route_of,
+        route_of=lambda scope: playground.route_of(scope["path"]) or route_of(scope),
+        is_open=playground.is_open,
         observers=observers,
         meter=metrics,
     )
@@ -112,6 +115,14 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
 def api_keys(settings: Settings) -> ApiKeys:
     """The keys that the settings name. Raises KeysError."""
     return ApiKeys(settings.api_key, KeyFile(Path(settings.api_key_file)) if settings.api_key_file else None)
+
+
+def _traffic(settings: Settings, engine: EngineClient) -> Traffic:
+    return Traffic(
+        engine.info.max_num_seqs + settings.max_num_queued_reqs,
+        Budget(settings.max_body_memory_mb * MIB),
+        Budget(settings.max_body_disk_mb * MIB),
+    )
 
 
 def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, media: MediaLoader) -> Serving:
@@ -135,6 +146,13 @@ def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, media: 
         queue=PromptQueue(settings.max_num_queued_tokens),
         time_limit_s=settings.request_timeout or None,
     )
+
+
+def _metrics(engine: EngineClient, model_name: str) -> Metrics:
+    metrics = Metrics(engine, model_name)
+    if isinstance(engine, SupervisedEngineClient):
+        engine.on_restart = metrics.engine_restarted
+    return metrics
 
 
 def _generation_defaults(settings: Settings, checkpoint: Path, tokenizer: Tokenizer) -> GenerationConfig:
@@ -185,13 +203,16 @@ def _audio_loader(settings: Settings, keys: ApiKeys) -> AudioLoader:
     )
 
 
-def _media(settings: Settings, loader: AudioLoader, keys: ApiKeys, quotas: Quotas) -> MediaLoader:
+def _media(
+    settings: Settings, engine: EngineClient, loader: AudioLoader, keys: ApiKeys, quotas: Quotas
+) -> MediaLoader:
     return MediaLoader(
         loader,
         max_clips=settings.max_audio_clips,
         store=_audio_store(settings, keys),
         long_audio=settings.long_audio,
         max_request_seconds=settings.max_audio_seconds_per_request,
+        max_request_tokens=engine.info.max_model_len,
         quotas=quotas,
     )
 
@@ -213,6 +234,6 @@ def _audio_store(settings: Settings, keys: ApiKeys) -> AudioStore:
 async def _refuse(request: Request, error: Exception) -> Response:
     told = to_api_error(error)
     request.state.record.refusal = str(told.status)
-    if told.status == 405:
-        told = replace(told, headers={"Allow": ", ".join(allowed_methods(request.scope))})
+    if told.status == 405 and (methods := allowed_methods(request.scope)):
+        told = replace(told, headers={"Allow": ", ".join(methods)})
     return told.response()

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Self
 
 from pydantic_core import from_json, to_json
 
-from server.http.body import MAX_JSON_VALUES
+from server.http.json_body import MAX_JSON_VALUES
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 ENVELOPE_BYTES = 64 * 1024

@@ -91,7 +91,7 @@ class CpuBackend(ReferenceBackend):
         num_queries, _, head_dim = query.shape
         at_once = max(1, MAX_SCORES // (num_queries * key.shape[0]))
         for q, k, v, o in zip(*(torch.split(x, at_once, dim=1) for x in (query, key, value, out)), strict=True):
-            scores = torch.bmm((q * head_dim**-0.5).transpose(0, 1).contiguous(), k.permute(1, 2, 0).contiguous())
+            scores = torch.bmm((q * head_dim**-0.5).transpose(0, 1).contiguous(), k.transpose(0, 1).contiguous().mT)
             if causal:  # all rows see what is before them
                 scores[:, :, -num_queries:].add_(self._later[:num_queries, :num_queries])
             o.copy_(torch.bmm(scores.softmax(-1), v.transpose(0, 1).contiguous()).transpose(0, 1))

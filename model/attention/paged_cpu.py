@@ -19,7 +19,17 @@ from numba import carray, njit
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata
-from model.compiled import REASSOCIATE, as_float32, compile_region, exp2, narrow, parallel_region, pointer, take_next
+from model.compiled import (
+    REASSOCIATE,
+    as_float32,
+    compile_region,
+    exp2,
+    narrow,
+    parallel_region,
+    pointer,
+    prefetch,
+    take_next,
+)
 
 ARGUMENTS = np.dtype(
     [
@@ -35,6 +45,10 @@ ARGUMENTS = np.dtype(
 )
 """What a parallel region works on: sizes, the addresses of the arrays, and those of the two counters."""
 
+AHEAD = 8
+"""Tokens by which keys and values are asked for beforehand where a thread reads some heads only: what it skips
+between two tokens keeps the processor from guessing."""
+CACHE_LINE = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -43,7 +57,7 @@ class PagedAttention:
 
     def __init__(self, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
         """Compiles the kernel, once for each kind: about two seconds. dtype: bfloat16 or float32."""
-        self._kernel = _compile(head_dim, block_size, dtype == torch.bfloat16)
+        self._kernel = compile_attention(head_dim, block_size, dtype == torch.bfloat16)
         self._scratch = torch.empty(0)
         self._counters = np.zeros(2, dtype=np.int64)
         self._arguments = np.zeros(1, dtype=ARGUMENTS)
@@ -59,16 +73,16 @@ class PagedAttention:
         num_tokens, num_heads, head_dim = query.shape
         num_kv_heads = kv_layer.shape[3]
         block_table = metadata.block_table
-        num_groups = _num_groups(num_kv_heads, num_threads, num_sequences)
+        groups = num_groups(num_kv_heads, num_threads, num_sequences)
         longest = block_table.shape[1] * kv_layer.shape[2]
-        scratch_per_thread = num_heads // num_groups * (longest + 2 * head_dim)
+        scratch_per_thread = num_heads // groups * (longest + 2 * head_dim)
         if self._scratch.numel() < num_threads * scratch_per_thread:
             self._scratch = torch.empty(num_threads * scratch_per_thread)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self._counters[:] = 0
         self._arguments[0] = (
             *(num_sequences, num_tokens, kv_layer.shape[1], block_table.shape[1]),
-            *(num_heads, num_kv_heads, num_groups, scratch_per_thread),
+            *(num_heads, num_kv_heads, groups, scratch_per_thread),
             *(query.data_ptr(), query.stride(0), out.data_ptr()),
             *(kv_layer.data_ptr(), block_table.data_ptr()),
             *(metadata.query_starts.data_ptr(), metadata.seq_lens_device.data_ptr(), self._scratch.data_ptr()),
@@ -80,7 +94,7 @@ class PagedAttention:
         return out
 
 
-def _num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
+def num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
     """As few as give every thread an item: a divisor of the KV heads."""
     return next(
         (n for n in range(1, num_kv_heads) if num_kv_heads % n == 0 and n * num_sequences >= num_threads),
@@ -89,7 +103,7 @@ def _num_groups(num_kv_heads: int, num_threads: int, num_sequences: int) -> int:
 
 
 @cache
-def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
+def compile_attention(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
     """-> address of a C function that takes a pointer to ARGUMENTS. Constants to the compiler, these."""
     scale = LOG2_E / head_dim**0.5
     kind = np.int16 if is_bfloat16 else np.float32
@@ -118,14 +132,17 @@ def _compile(head_dim: int, block_size: int, is_bfloat16: bool) -> int:
             row, group = item // a.num_groups, item % a.num_groups
             first, shift = group * width, group * width_kv
             blocks = block_table[row]
+            ahead = AHEAD if a.num_groups > 1 else 0
             for token in range(query_starts[row], query_starts[row + 1]):
                 for i in range(width):
                     q[i] = as_float32(query[token * a.query_stride + first + i])
                 length = seq_lens[row] - (query_starts[row + 1] - 1 - token)
-                _score(q, keys_values[0], kv_width, shift, blocks, length, share, scores, head_dim, block_size)
+                _score(
+                    q, keys_values[0], kv_width, shift, blocks, length, share, scores, head_dim, block_size, ahead
+                )
                 for head in range(heads):
                     _softmax(scores[head, :length], np.float32(scale))
-                _sum(scores, keys_values[1], kv_width, shift, blocks, length, share, o, head_dim, block_size)
+                _sum(scores, keys_values[1], kv_width, shift, blocks, length, share, o, head_dim, block_size, ahead)
                 for i in range(width):
                     out[token, first + i] = narrow(o[i]) if is_bfloat16 else o[i]
 
@@ -144,10 +161,13 @@ def _score(
     scores: Any,
     head_dim: int,
     block_size: int,
+    ahead: int,
 ) -> None:
     """scores[head, i] = query[head] . keys[i]."""
     for i in range(length):
         token = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
+        if ahead > 0:
+            _ask_for(keys, min(i + ahead, length - 1), blocks, block_size, width, shift, query.shape[0] // group)
         for head in range(scores.shape[0]):
             start = token + head // group * head_dim
             key = keys[start : start + head_dim]
@@ -170,11 +190,14 @@ def _sum(
     out: Any,
     head_dim: int,
     block_size: int,
+    ahead: int,
 ) -> None:
     """out[head] = sum over i of weights[head, i] values[i]."""
     out[:] = 0
     for i in range(length):
         token = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
+        if ahead > 0:
+            _ask_for(values, min(i + ahead, length - 1), blocks, block_size, width, shift, out.shape[0] // group)
         for head in range(weights.shape[0]):
             start = token + head // group * head_dim
             value = values[start : start + head_dim]
@@ -182,6 +205,14 @@ def _sum(
             weight = weights[head, i]
             for d in range(head_dim):
                 o[d] += weight * as_float32(value[d])
+
+
+@njit(inline="always")
+def _ask_for(cache: Any, i: int, blocks: Any, block_size: int, width: int, shift: int, size: int) -> None:
+    """Prefetch a group's heads of token i."""
+    start = (np.int64(blocks[i // block_size]) * block_size + i % block_size) * width + shift
+    for offset in range(0, size, CACHE_LINE // cache.itemsize):
+        prefetch(cache, start + offset)
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")

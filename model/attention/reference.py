@@ -44,12 +44,12 @@ class ReferenceBackend:
         """heads: [T, H + 2 Hkv, D]; cos, sin: [T, 1, D / 2]; kv_layer: [2, N, P, Hkv, D], any dtype -> [T, H, D]."""
         query, key, value = rotate(heads, cos, sin, kv_layer.shape[3])
         out = torch.empty_like(query)
-        if kv_scales is not None:
-            write_kv(*quantise_kv(key, value, kv_scales), kv_layer, metadata.slot_mapping)
+        stored = (key, value) if kv_scales is None else quantise_kv(key, value, kv_scales)
+        write_kv(*stored, kv_layer, metadata.slot_mapping, padded=0 in metadata.seq_lens)
+        if kv_scales is None:
+            self._attend_sequences(query, key, value, kv_layer, metadata, out)
+        else:
             self._attend_quantised(query, kv_layer, metadata, kv_scales, out)
-            return out
-        write_kv(key, value, kv_layer, metadata.slot_mapping)
-        self._attend_sequences(query, key, value, kv_layer, metadata, out)
         return out
 
     def _attend_quantised(
@@ -98,6 +98,8 @@ class ReferenceBackend:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
         """One sequence, causal as bottom-right aligned. query: [Q, H, D]; key, value: [S, Hkv, D] -> [Q, H, D]."""
         num_queries, length = query.shape[0], key.shape[0]
+        if length == 0:
+            return torch.zeros_like(query)
         mask = None
         if causal and 1 < num_queries < length:
             mask = torch.ones(num_queries, length, dtype=torch.bool, device=query.device).tril(length - num_queries)
@@ -128,10 +130,16 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int) -> tuple[
     return query, key, value
 
 
-def write_kv(key: Tensor, value: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
-    """Put this step's keys and values where they belong. key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D]."""
+def write_kv(key: Tensor, value: Tensor, kv_layer: Tensor, slot_mapping: Tensor, *, padded: bool = False) -> None:
+    """Put this step's keys and values where they belong. key, value: [T, Hkv, D]; kv_layer: [2, N, P, Hkv, D].
+
+    padded: some slots are -1, and nothing is written there.
+    """
     slots = movable(kv_layer.flatten(1, 2))
     places = slot_mapping.long()  # index_copy_ takes no int32
+    if padded:
+        written = places >= 0
+        places, key, value = places[written], key[written], value[written]
     slots[0].index_copy_(0, places, movable(key.to(kv_layer.dtype)))
     slots[1].index_copy_(0, places, movable(value.to(kv_layer.dtype)))
 

@@ -56,8 +56,6 @@ def compile_rotation(is_bfloat16: bool) -> int:
     """-> address of a C function that takes a pointer to ARGUMENTS. Else everything is float32."""
     kind = np.int16 if is_bfloat16 else np.float32
 
-    turn = _turn_bfloat16 if is_bfloat16 else _turn_float32
-
     @compile_region(ARGUMENTS)
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
@@ -79,8 +77,13 @@ def compile_rotation(is_bfloat16: bool) -> int:
                 for head in range(num_turned):
                     source, target = token * row_width + head * width, (token * num_turned + head) * width
                     x, y = heads[source : source + half], heads[source + half : source + width]
-                    turn(x, c, y, s, np.float32(-1), turned[target : target + half])
-                    turn(y, c, x, s, np.float32(1), turned[target + half : target + width])
+                    low, high = turned[target : target + half], turned[target + half : target + width]
+                    if is_bfloat16:
+                        _turn_bfloat16(x, c, y, s, np.float32(-1), low)
+                        _turn_bfloat16(y, c, x, s, np.float32(1), high)
+                    else:
+                        _turn_float32(x, c, y, s, np.float32(-1), low)
+                        _turn_float32(y, c, x, s, np.float32(1), high)
                 slot = np.int64(slot_mapping[token]) * kv_width
                 key = (token * num_turned + a.num_heads) * width
                 value = token * row_width + num_turned * width

@@ -11,21 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from server.errors import UNAVAILABLE, ApiError, shutting_down
-
-RETRY_AFTER_SECONDS = 2
-"""Told to whoever finds the server full: another replica may take the request at once."""
+from server.access.held_bytes import Budget, HeldBytes, overloaded
+from server.errors import shutting_down
 
 
 class Traffic:
     """What is in flight, and whether more is welcome."""
 
-    def __init__(self, max_at_work: int) -> None:
+    def __init__(self, max_at_work: int, memory: Budget | None = None, disk: Budget | None = None) -> None:
+        """memory, disk: of all bodies; None: no bound."""
         self.num_in_flight = 0
         """Requests of every kind, probes too."""
         self.num_at_work = 0
         """POSTs: whatever costs more than a moment."""
         self.max_at_work = max_at_work
+        self.memory = memory or Budget()
+        self.disk = disk or Budget()
         self.is_draining = False
 
     def check_welcome(self) -> None:
@@ -34,17 +35,19 @@ class Traffic:
             raise shutting_down()
 
     @contextmanager
-    def place(self, method: str) -> Iterator[None]:
-        """Count a request while it is served. Raises ApiError (503) when all places are taken."""
+    def place(self, method: str) -> Iterator[HeldBytes]:
+        """Count a request while it is served. -> what its body holds. Raises ApiError (503) when all are taken."""
+        held = HeldBytes(self.memory, self.disk)
         if method != "POST":
-            yield
+            yield held
             return
         if self.num_at_work >= self.max_at_work:
             raise overloaded(f"The server is full: it has {self.num_at_work} requests to answer.")
         self.num_at_work += 1
         try:
-            yield
+            yield held
         finally:
+            held.release()
             self.num_at_work -= 1
 
 
@@ -78,9 +81,3 @@ class WaitingPrompt:
         """The engine has begun to answer, or never will. More than once is fine."""
         self.queue.num_tokens -= self.num_tokens
         self.num_tokens = 0
-
-
-def overloaded(message: str) -> ApiError:
-    """A 503: balancers and clients turn to another replica, or come back."""
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-    return ApiError(503, message, UNAVAILABLE, code="server_overloaded", headers=headers)

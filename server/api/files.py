@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from audio import AudioBytes
+from audio import AudioFile
 from server.errors import RATE_LIMIT, ApiError, bad_request
 from server.http.body import parse_text_values
 from server.http.multipart import read_form
@@ -50,16 +51,16 @@ async def create_file(media: MediaLoader, request: Request, max_bytes: int) -> R
     media.quotas.check_audio(media.caller)
     with await read_form(request, max_bytes) as form:
         fields = parse_text_values(FileForm, {name: values[-1] for name, values in form.fields.items()})
-        content = await asyncio.to_thread(form.file.content.read)
-    ttl_s = media.store.ttl_s
-    if fields.seconds is not None and fields.seconds > ttl_s:
-        message = f"Invalid 'expires_after[seconds]': this server keeps audio for at most {ttl_s:g} s."
-        raise bad_request(message, "expires_after[seconds]", "integer_above_max_value")
-    pcm = await media.read(AudioBytes(content), "file")
+        ttl_s = media.store.ttl_s
+        if fields.seconds is not None and fields.seconds > ttl_s:
+            message = f"Invalid 'expires_after[seconds]': this server keeps audio for at most {ttl_s:g} s."
+            raise bad_request(message, "expires_after[seconds]", "integer_above_max_value")
+        pcm = await media.read(AudioFile(form.file.content), "file")
+        num_bytes = form.file.content.seek(0, os.SEEK_END)
     media.quotas.charge_audio(media.caller, pcm.duration_s)
     check_audible(pcm.num_samples, "file")
     try:
-        audio = media.store.put(media.caller, pcm, form.file.name, len(content), fields.seconds)
+        audio = media.store.put(media.caller, pcm, form.file.name, num_bytes, fields.seconds)
     except ClipTooLargeError:
         message = "The audio is too large to be kept: decoded, it takes more memory than one caller has."
         raise ApiError(413, message, param="file", code="audio_too_large") from None

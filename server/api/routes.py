@@ -216,7 +216,7 @@ async def ready(request: Request) -> Response:
 
 
 def allowed_methods(scope: Scope) -> list[str]:
-    """All that a URL takes: the framework names those of one route only."""
+    """All that a URL of the API takes: the framework names those of one route only."""
     routes = [route for route in router.routes if isinstance(route, APIRoute)]
     fitting = [route.methods or set() for route in routes if route.matches(scope)[0] != Match.NONE]
     return sorted(set().union(*fitting))

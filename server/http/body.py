@@ -1,32 +1,31 @@
 """From the bytes of a request to a validated model, in bounded memory.
 
-The body is counted while it is read, so that an endless upload is refused at the cap. Joining and parsing run in a
-worker thread: a body may hold tens of megabytes of base64, of which one copy is made, as the parser holds the GIL
-meanwhile. What pydantic finds becomes OpenAI's error; the offending input is never repeated, but for a number that
-is out of range.
+The body is counted while it is read, so that an endless upload is refused at the cap; what it holds of memory and
+disk is counted for all requests together. Parsing runs in a worker thread, of a body without its long strings
+(server/http/json_body.py), as the parser holds the GIL meanwhile. What pydantic finds becomes OpenAI's error; the
+offending input is never repeated, but for a number that is out of range.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
+from server.access.held_bytes import HeldBytes, overloaded
 from server.errors import ApiError, bad_request
+from server.http.json_body import JsonReader, unparsable
 from server.requests.parameters import REFUSED
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MAX_SHOWN_CHARS = 100
 """Of a parameter's path or a number in a message."""
-MAX_JSON_VALUES = 300_000
-"""Of a body, about: parsed, a value takes hundreds of bytes for the two that it has here. Base64 holds none."""
-MAX_JSON_OBJECTS = 50_000
-"""Of a body, about: validated, each is worth twenty other values."""
 
 _TYPE_NAMES = {
     "bool": "a boolean",
@@ -53,11 +52,14 @@ async def parse_body(request: Request, model: type[ModelT], max_bytes: int) -> M
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(415, "The Content-Type header must be application/json.")
-    chunks = await _read(request, max_bytes)
+    held: HeldBytes = request.state.held
+    reader = await _read(request, max_bytes, held)
     try:
-        return await asyncio.to_thread(validate_json, model, chunks)
+        validated = await asyncio.to_thread(validate_json, model, reader)
     except ValidationError as error:
         raise explain_invalid(error) from None
+    held.hold(memory=reader.num_memory_bytes, disk=reader.num_disk_bytes)
+    return validated
 
 
 def parse_text_values(model: type[ModelT], values: Mapping[str, str]) -> ModelT:
@@ -68,34 +70,35 @@ def parse_text_values(model: type[ModelT], values: Mapping[str, str]) -> ModelT:
         raise explain_invalid(error) from None
 
 
-def validate_json(model: type[ModelT], chunks: list[bytes]) -> ModelT:
-    """The body that `chunks` make together, which are given up. Blocking. Raises ApiError, ValidationError."""
-    num_objects = sum(chunk.count(b"{") for chunk in chunks)
-    num_values = num_objects + sum(chunk.count(sign) for chunk in chunks for sign in (b",", b"["))
-    if num_values > MAX_JSON_VALUES or num_objects > MAX_JSON_OBJECTS:
-        raise ApiError(413, "The request body holds too many values.", code="request_too_large")
-    body = b"".join(chunks)
-    chunks.clear()  # half of the memory that is held while parsing
-    try:
-        # Not model_validate_json: each union that looks at a part before it chooses would copy the part's clip.
-        values = from_json(body)
-    except ValueError as error:
-        if "recursion limit" in str(error):
-            raise bad_request("The JSON body is nested too deeply.", code="json_too_deep") from None
-        raise _unparsable() from None
-    return model.model_validate(values)
+def validate_json(model: type[ModelT], reader: JsonReader) -> ModelT:
+    """The body that `reader` has taken. Blocking. Raises ApiError, ValidationError."""
+    return model.model_validate(reader.values())
 
 
-async def _read(request: Request, max_bytes: int) -> list[bytes]:
+async def _read(request: Request, max_bytes: int, held: HeldBytes) -> JsonReader:
     check_declared_size(request, max_bytes)
-    chunks: list[bytes] = []
+    reader = JsonReader()
     num_bytes = 0
     async for chunk in request.stream():
-        chunks.append(chunk)
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
             raise too_large(max_bytes)
-    return chunks
+        with refused_when_full():
+            if reader.num_disk_bytes:  # which may have to be waited for
+                await asyncio.to_thread(reader.write, chunk)
+            else:
+                reader.write(chunk)
+        held.hold(memory=reader.num_memory_bytes, disk=reader.num_disk_bytes)
+    return reader
+
+
+@contextmanager
+def refused_when_full() -> Iterator[None]:
+    """Round what writes to the disk. Raises ApiError (503) for its OSError."""
+    try:
+        yield
+    except OSError:
+        raise overloaded("The server is full: its disk has no room for the body of this request.") from None
 
 
 def check_declared_size(request: Request, max_bytes: int) -> None:
@@ -119,7 +122,7 @@ def explain_invalid(error: ValidationError) -> ApiError:
     if kind == REFUSED:
         return bad_request(ctx["message"], ".".join(filter(None, (param, ctx["param"]))), ctx["code"])
     if not param:
-        return _unparsable()
+        return unparsable()
     if kind == "missing":
         return bad_request(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
     if kind in _BOUNDS:
@@ -133,11 +136,6 @@ def explain_invalid(error: ValidationError) -> ApiError:
     if (name := _TYPE_NAMES.get(kind.split("_")[0])) and (kind.endswith("_type") or kind == "int_from_float"):
         return bad_request(f"Invalid type for '{param}': expected {name}.", param, "invalid_type")
     return bad_request(f"Invalid value for '{param}'.", param, "invalid_value")
-
-
-def _unparsable() -> ApiError:
-    hint = "the body must be one JSON object in UTF-8"
-    return bad_request(f"We could not parse the JSON body of your request. (HINT: {hint}.)")
 
 
 def _path(loc: Sequence[int | str]) -> str:

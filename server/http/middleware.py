@@ -26,7 +26,7 @@ from server.observe.logs import log_failure
 from server.observe.request_record import NO_METER, Meter, RequestObserver, RequestRecord
 
 PROBES = ("/health", "/ready")
-"""Open to all. Everything else needs the key."""
+"""Open to all. Everything else needs the key, the files of a page aside."""
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 32 << 20
 """How long, and how much, a refused client may go on sending before the connection closes, as it asked."""
@@ -54,14 +54,17 @@ class RequestScope:
         keys: ApiKeys,
         traffic: Traffic,
         route_of: Callable[[Scope], str],
+        is_open: Callable[[str, str], bool],
         observers: Sequence[RequestObserver] = (),
         meter: Meter = NO_METER,
     ) -> None:
-        """observers: told of every request, at its beginning and its end; meter: what its record counts with."""
+        """is_open: whether a method and path need no key, probes aside; observers: told of every request, at its
+        beginning and its end; meter: what its record counts with."""
         self._app = app
         self._keys = keys
         self._traffic = traffic
         self._route_of = route_of
+        self._is_open = is_open
         self._observers = observers
         self._meter = meter
 
@@ -77,12 +80,14 @@ class RequestScope:
             observer.begin(record)
         try:
             if scope["path"] not in PROBES:
-                caller = self._keys.check(headers.getlist("authorization"))
-                record.key_id = caller[:KEY_ID_DIGITS] or None
-                scope["state"]["caller"] = caller
+                if not self._is_open(scope["method"], scope["path"]):
+                    caller = self._keys.check(headers.getlist("authorization"))
+                    record.key_id = caller[:KEY_ID_DIGITS] or None
+                    scope["state"]["caller"] = caller
                 check_header_size(scope)
                 self._traffic.check_welcome()
-            with self._traffic.place(scope["method"]):
+            with self._traffic.place(scope["method"]) as held:
+                scope["state"]["held"] = held
                 await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             record.status = CLIENT_GONE

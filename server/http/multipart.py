@@ -17,15 +17,16 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from server.access.held_bytes import HeldBytes
 from server.errors import ApiError, bad_request
-from server.http.body import check_declared_size, too_large
+from server.http.body import check_declared_size, refused_when_full, too_large
 
 FILE_FIELD = "file"
 MAX_PARTS = 128
 """Of a form: clients repeat a field for each item of a list."""
 MAX_FIELD_BYTES = 1 << 20
 """Of all fields together, names included; the file aside."""
-MAX_SPOOLED_BYTES = 1 << 20
+MAX_SPOOLED_BYTES = 128 << 10
 """Of a file kept in memory; a longer one goes to disk."""
 MAX_NAME_CHARS = 255
 """Of a file's name: what is longer is cut."""
@@ -65,8 +66,10 @@ class Form:
 async def read_form(request: Request, max_bytes: int) -> Form:
     """Read a form that has a file. Close it when done.
 
-    Raises ApiError: 413 above `max_bytes`, 415 for another content type, 400 for what is no form or has no file.
+    Raises ApiError: 413 above `max_bytes`, 415 for another content type, 400 for what is no form or has no file, 503
+    when bodies take too much already.
     """
+    held: HeldBytes = request.state.held
     media_type, options = parse_options_header(request.headers.get("content-type"))
     if media_type.lower() != b"multipart/form-data":
         raise ApiError(415, "The Content-Type header must be multipart/form-data.")
@@ -81,10 +84,12 @@ async def read_form(request: Request, max_bytes: int) -> Form:
             num_bytes += len(chunk)
             if num_bytes > max_bytes:
                 raise too_large(max_bytes)
-            if num_bytes > MAX_SPOOLED_BYTES:  # what goes to disk may have to wait for it
-                await asyncio.to_thread(reader.write, chunk)
-            else:
-                reader.write(chunk)
+            with refused_when_full():
+                if num_bytes > MAX_SPOOLED_BYTES:  # what goes to disk may have to wait for it
+                    await asyncio.to_thread(reader.write, chunk)
+                else:
+                    reader.write(chunk)
+            held.hold(memory=reader.num_memory_bytes, disk=reader.num_disk_bytes)
         return reader.finish()
     except BaseException:
         reader.close()
@@ -99,6 +104,7 @@ class _Reader:
         self._file: UploadedFile | None = None
         self._num_parts = 0
         self._num_field_bytes = 0
+        self._num_file_bytes = 0
         self._is_complete = False
         self._header = b""
         self._value = b""
@@ -120,6 +126,16 @@ class _Reader:
                 "on_end": self._end,
             },
         )
+
+    @property
+    def num_memory_bytes(self) -> int:
+        """Of fields, and of the file while it is there."""
+        return self._num_field_bytes + (self._num_file_bytes if self._num_file_bytes <= MAX_SPOOLED_BYTES else 0)
+
+    @property
+    def num_disk_bytes(self) -> int:
+        """Of the file."""
+        return self._num_file_bytes if self._num_file_bytes > MAX_SPOOLED_BYTES else 0
 
     def write(self, chunk: bytes) -> None:
         try:
@@ -180,6 +196,7 @@ class _Reader:
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         if self._target is not None:
             self._target.write(memoryview(data)[start:end])
+            self._num_file_bytes += end - start
             return
         self._count(end - start)
         self._gathered += data[start:end]

@@ -69,7 +69,11 @@ class _Total:
     """The audio of one request, counted while it is decoded."""
 
     most_s: float
+    most_tokens: float
+    num_left: int
+    """Parts that have not been heard."""
     seconds: float = 0.0
+    num_tokens: int = 0
 
     def add(self, seconds: float, param: str) -> None:
         """Raises ApiError when it is too much."""
@@ -77,6 +81,18 @@ class _Total:
         if self.seconds > self.most_s:
             message = f"Too much audio: at most {self.most_s:g} s are accepted in one request, all parts together."
             raise bad_request(message, param, "too_much_audio")
+
+    def hear(self, recording: Recording) -> Recording:
+        """Count a part. Raises ApiError when no context holds what there is by now: no more need be decoded."""
+        self.num_left -= 1
+        self.num_tokens += sum(clip.num_tokens for clip in recording.clips)
+        if self.num_left and self.num_tokens >= self.most_tokens:
+            message = (
+                f"This model's maximum context length is {self.most_tokens} tokens. However, some of this request's "
+                f"audio alone resulted in {self.num_tokens} tokens. Please send less audio."
+            )
+            raise bad_request(message, recording.param, "context_length_exceeded")
+        return recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +109,8 @@ class MediaLoader:
     """Whose uploads the ids in requests mean, and who is charged."""
     max_request_seconds: float = math.inf
     """Of all parts of a request together."""
+    max_request_tokens: float = math.inf
+    """The same: what a context holds."""
     quotas: Quotas = field(default_factory=Quotas)
     record: RequestRecord = field(default_factory=RequestRecord)
     """Of the request whose recordings these are."""
@@ -108,7 +126,7 @@ class MediaLoader:
             raise bad_request(message, refs[self.max_clips].param, "too_many_audio_clips")
         if refs:
             self.quotas.check_audio(self.caller)
-        total = _Total(self.max_request_seconds)
+        total = _Total(self.max_request_seconds, self.max_request_tokens, len(refs))
         tasks = [asyncio.create_task(self._load(ref, long_audio or self.long_audio, total)) for ref in refs]
         try:
             return await asyncio.gather(*tasks)
@@ -122,10 +140,10 @@ class MediaLoader:
         total.add(pcm.duration_s, ref.param)
         check_audible(pcm.num_samples, ref.param)
         if pcm.num_samples <= MAX_AUDIO_SAMPLES:
-            return Recording(ref.param, (Clip.of(pcm),), pcm.duration_s)
+            return total.hear(Recording(ref.param, (Clip.of(pcm),), pcm.duration_s))
         if long_audio == "error":
             raise _too_long(pcm.num_samples, ref.param)
-        return await asyncio.to_thread(_fit, pcm, ref.param, long_audio)
+        return total.hear(await asyncio.to_thread(_fit, pcm, ref.param, long_audio))
 
     def _stored(self, ref: ClipRef) -> Pcm | None:
         """The upload that the part names, if it names one."""

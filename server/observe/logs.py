@@ -5,37 +5,16 @@ What people say and write never goes into them.
 
 from __future__ import annotations
 
-import json
 import logging
 import logging.config
-import time
-from typing import Any
 
 from engine.errors import EngineError
+from engine.log_lines import JsonFormatter, log_the_uncaught
 
 
 def log_failure(logger: logging.Logger, what: str, error: Exception) -> None:
     """A failure that is not the client's. A traceback only for bugs: a dead engine would log one per request."""
     logger.error("%s: %s", what, error, exc_info=None if isinstance(error, EngineError) else error)
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what a line's `request` says (server/observe/access_log.py) is among its keys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """-> the line."""
-        whole, millis = divmod(round(1000 * record.created), 1000)
-        line: dict[str, Any] = {
-            "ts": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{millis:03}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-        }
-        if request := getattr(record, "request", None):
-            return json.dumps(line | request)
-        line["message"] = record.getMessage()
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
 
 
 def configure_logging(level: str, *, as_json: bool = False) -> None:
@@ -57,3 +36,5 @@ def configure_logging(level: str, *, as_json: bool = False) -> None:
             },
         }
     )
+    if as_json:
+        log_the_uncaught()

@@ -94,8 +94,12 @@ class Metrics:
 
     def _make_own(self) -> None:
         registry = self._registry
-        text = "Stages of requests: fetch, decode (audio, resampled), prompt, grammar; encode, queue and prefill in "
-        text += "the engine, encode being part of prefill; first_token, per_token, generate; detokenize."
+        text = (
+            "Stages of requests: fetch, decode (audio), resample as part of it, prompt, grammar; queue, prefill and "
+        )
+        text += (
+            "encode in the engine, encode being its part of prefill; first_token, per_token, generate; detokenize."
+        )
         self._stages = Histogram("tympan:stage_seconds", text, ("stage",), buckets=buckets.STAGE, registry=registry)
         self._audio_s = Counter("tympan:audio_seconds", "Audio heard, in seconds.", registry=registry)
         self._clips = Counter("tympan:audio_clips", "Recordings, and windows of long ones.", registry=registry)

@@ -100,7 +100,7 @@ class GenerationRecord:
         times = self.times
         if times is None:
             return []
-        encode = [Stage("encode", times.scheduled, times.encoded)] if times.encoded else []
+        encode = [Stage("encode", times.encoding[0], sum(times.encoding))] if times.encoding else []
         return [
             Stage("queue", times.queued, times.scheduled),
             *encode,

@@ -6,19 +6,31 @@ Shapes only: server/media/loader.py hears the audio. Tags of unions are written 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, GetPydanticSchema, JsonValue, Tag, model_validator
+from pydantic_core.core_schema import ValidatorFunctionWrapHandler, no_info_wrap_validator_function
 
+from audio import FiledText, Text
 from server.requests.parameters import refused
 from server.requests.strict_model import MAX_ITEMS, StrictModel
 from server.requests.text_content import TextPart
 
 
+def _unless_filed(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    return value if isinstance(value, FiledText) else validate(value)
+
+
+AudioText = Annotated[
+    Text, GetPydanticSchema(lambda _, make: no_info_wrap_validator_function(_unless_filed, make(str)))
+]
+"""A string, or what was put aside of one while the body was read (server/http/json_body.py)."""
+
+
 class InputAudio(StrictModel):
     """Audio inside the request, or uploaded before it."""
 
-    data: str | None = None
+    data: AudioText | None = None
     """Base64, or a whole data: URL."""
     id: str | None = None
     """Of an upload (POST /v1/files), instead of data."""
@@ -37,7 +49,7 @@ class InputAudio(StrictModel):
 class AudioUrl(StrictModel):
     """Audio elsewhere."""
 
-    url: str
+    url: AudioText
     """http:, https: or data:; file: where the server reads local files."""
 
 
@@ -61,8 +73,8 @@ class TemplateAudioPart(StrictModel):
     model_config = ConfigDict(json_schema_extra={"required": ["type"]})
 
     type: Literal["audio"] = "audio"
-    audio_url: str | None = None
-    audio: str | None = None
+    audio_url: AudioText | None = None
+    audio: AudioText | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

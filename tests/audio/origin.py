@@ -5,6 +5,8 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from audio.fetch import MediaFetcher
+
 Script = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -52,3 +54,9 @@ async def serving(scripts: dict[str, bytes | Script], tls: ssl.SSLContext | None
         yield origin
     finally:
         server.close()
+
+
+async def body_of(fetcher: MediaFetcher, url: str, scope: str = "") -> bytes:
+    """What it fetches."""
+    with await fetcher.fetch(url, scope) as file:
+        return file.read()

@@ -62,31 +62,31 @@ def long_flac(minutes):
 
 
 def test_samples_come_back_as_they_were_decoded(pool):
-    samples = pool.decode(WAV)
+    samples = pool.decode(io.BytesIO(WAV))
     assert samples.tobytes() == decode(WAV, LIMITS).samples.tobytes()
     assert not samples.flags.writeable
     minutes = written(np.tile(chirp(10, 16_000), (30, 1)), 16_000, "WAV", "FLOAT")  # many frames' worth
-    assert pool.decode(minutes).tobytes() == decode(minutes, LIMITS).samples.tobytes()
+    assert pool.decode(io.BytesIO(minutes)).tobytes() == decode(minutes, LIMITS).samples.tobytes()
 
 
 def test_a_decoder_is_kept_until_it_meets_a_bad_file(pool):
-    pool.decode(WAV)
+    pool.decode(io.BytesIO(WAV))
     [first] = decoders()
-    pool.decode(WAV)
+    pool.decode(io.BytesIO(WAV))
     assert decoders() == [first]
-    assert refusal(lambda: pool.decode(BROKEN)) == "invalid_audio"
+    assert refusal(lambda: pool.decode(io.BytesIO(BROKEN))) == "invalid_audio"
     assert decoders() == []
-    assert len(pool.decode(WAV)) == 8_000
-    assert refusal(lambda: pool.decode(b"")) == "audio_empty"
-    assert refusal(lambda: pool.decode(b"<html>")) == "unsupported_audio"
+    assert len(pool.decode(io.BytesIO(WAV))) == 8_000
+    assert refusal(lambda: pool.decode(io.BytesIO(b""))) == "audio_empty"
+    assert refusal(lambda: pool.decode(io.BytesIO(b"<html>"))) == "unsupported_audio"
 
 
 def test_a_decoder_that_another_file_broke_is_not_this_files_fault(pool, caplog):
-    pool.decode(WAV)
+    pool.decode(io.BytesIO(WAV))
     [decoder] = decoders()
     decoder.suspend()
     with ThreadPoolExecutor(1) as threads:
-        reading = threads.submit(pool.decode, WAV)
+        reading = threads.submit(pool.decode, io.BytesIO(WAV))
         while not pool_is_busy(pool):
             time.sleep(0.01)
         decoder.send_signal(signal.SIGSEGV)
@@ -108,17 +108,17 @@ def test_a_decoder_that_died_while_idle_is_passed_over(pool):
     while any(process.status() != psutil.STATUS_ZOMBIE for process in victims):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert len(pool.decode(WAV)) == 8_000
+    assert len(pool.decode(io.BytesIO(WAV))) == 8_000
 
 
 def test_over_its_processor_time_a_decoder_ends(caplog):
     pool = DecoderPool(LIMITS, DecoderLimits(cpu_s=0.05))
     try:
         started = time.monotonic()
-        assert refusal(lambda: pool.decode(long_flac(9))) == "invalid_audio"
+        assert refusal(lambda: pool.decode(io.BytesIO(long_flac(9)))) == "invalid_audio"
         assert time.monotonic() - started < 10
         assert "SIGPROF" in caplog.text
-        assert len(pool.decode(WAV)) == 8_000
+        assert len(pool.decode(io.BytesIO(WAV))) == 8_000
     finally:
         pool.close()
 
@@ -132,11 +132,11 @@ def test_a_decoder_that_hangs_is_not_waited_for():
             process.suspend()
         started = time.monotonic()
         with ThreadPoolExecutor(2) as threads:
-            codes = list(threads.map(lambda _: refusal(lambda: pool.decode(WAV)), range(2)))
+            codes = list(threads.map(lambda _: refusal(lambda: pool.decode(io.BytesIO(WAV))), range(2)))
         assert codes == ["invalid_audio"] * 2
         assert time.monotonic() - started < 10
         assert not stuck.is_running()
-        assert len(pool.decode(WAV)) == 8_000
+        assert len(pool.decode(io.BytesIO(WAV))) == 8_000
     finally:
         pool.close()
 
@@ -146,8 +146,8 @@ def test_memory_is_bounded():
     limits = AudioLimits(max_clip_seconds=4)
     pool, roomy = (DecoderPool(limits, DecoderLimits(memory_bytes=size)) for size in (100_000, 64 << 20))
     try:
-        assert len(roomy.decode(wide)) == 60_000
-        assert refusal(lambda: pool.decode(wide)) == "invalid_audio"
+        assert len(roomy.decode(io.BytesIO(wide))) == 60_000
+        assert refusal(lambda: pool.decode(io.BytesIO(wide))) == "invalid_audio"
     finally:
         pool.close()
         roomy.close()
@@ -156,9 +156,9 @@ def test_memory_is_bounded():
 def test_many_at_once_and_some_of_them_bad(pool):
     """Who shares a decoder with a bad file, before or after it, gets what he would have got alone."""
     with ThreadPoolExecutor(4) as threads:
-        good = [threads.submit(pool.decode, WAV) for _ in range(20)]
-        bad = [threads.submit(refusal, lambda: pool.decode(BROKEN)) for _ in range(10)]
-        good += [threads.submit(pool.decode, WAV) for _ in range(20)]
+        good = [threads.submit(pool.decode, io.BytesIO(WAV)) for _ in range(20)]
+        bad = [threads.submit(refusal, lambda: pool.decode(io.BytesIO(BROKEN))) for _ in range(10)]
+        good += [threads.submit(pool.decode, io.BytesIO(WAV)) for _ in range(20)]
         for _ in range(5):
             for process in decoders():
                 process.kill()
@@ -198,16 +198,16 @@ def test_a_long_file_whose_decoder_dies(pool):
     next(windows)
     decoders()[0].send_signal(signal.SIGSEGV)
     assert refusal(lambda: next(windows)) == "invalid_audio"
-    assert len(pool.decode(WAV)) == 8_000
+    assert len(pool.decode(io.BytesIO(WAV))) == 8_000
 
 
 def test_a_host_that_was_killed_is_started_again(pool):
-    pool.decode(WAV)
+    pool.decode(io.BytesIO(WAV))
     windows = pool.windows(io.BytesIO(WAV), LIMITS, 16_000)
     started = processes()
     host().kill()
-    assert len(pool.decode(WAV)) == 8_000
-    assert refusal(lambda: pool.decode(BROKEN)) == "invalid_audio"
+    assert len(pool.decode(io.BytesIO(WAV))) == 8_000
+    assert refusal(lambda: pool.decode(io.BytesIO(BROKEN))) == "invalid_audio"
     assert [len(window) for window in windows] == [8_000]
     _, alive = psutil.wait_procs(started, timeout=5)
     assert not alive
@@ -215,12 +215,12 @@ def test_a_host_that_was_killed_is_started_again(pool):
 
 def test_decoders_have_nothing_and_may_do_nothing(pool, monkeypatch):
     monkeypatch.setenv("TYMPAN_API_KEY", "secret")
-    pool.decode(WAV)
+    pool.decode(io.BytesIO(WAV))
     [decoder] = decoders()
     assert decoder.cwd() == "/"
     folder = Path(f"/proc/{decoder.pid}")
     assert b"secret" not in (folder / "environ").read_bytes()
-    pool.decode(WAV)
+    pool.decode(io.BytesIO(WAV))
     time.sleep(0.1)  # it closes the file once its samples are sent
     assert sorted(int(path.name) for path in (folder / "fd").iterdir()) == [0, 1, 2, 3]
     assert {os.readlink(folder / "fd" / str(number)) for number in range(3)} == {os.devnull}

@@ -12,7 +12,7 @@ import trustme
 
 from audio import AudioError, AudioLimits, FetchPolicy
 from audio.fetch import MediaFetcher
-from tests.audio.origin import redirect, response, serving
+from tests.audio.origin import body_of, redirect, response, serving
 
 LIMITS = AudioLimits(max_clip_bytes=100_000)
 GOOD = "good.test"
@@ -48,7 +48,7 @@ def run(scripts, url, *, table=None, limits=LIMITS, resolver=None, **policy):
             settings = {"allowed_private_hosts": {GOOD}} | policy
             fetcher = MediaFetcher(FetchPolicy(**settings), limits, resolver=resolver or TableResolver(table))
             try:
-                return await fetcher.fetch(url.replace("PORT", str(origin.port))), origin
+                return await body_of(fetcher, url.replace("PORT", str(origin.port))), origin
             except AudioError as error:
                 return error, origin
             finally:
@@ -81,7 +81,7 @@ def test_private_exceptions_are_exact(exception):
             outcomes = []
             for host in (GOOD, "other.test", "127.0.0.1", f"x{GOOD}"):
                 try:
-                    outcomes.append(await fetcher.fetch(f"http://{host}:{origin.port}/"))
+                    outcomes.append(await body_of(fetcher, f"http://{host}:{origin.port}/"))
                 except AudioError as error:
                     outcomes.append(error.code)
             await fetcher.aclose()
@@ -213,7 +213,7 @@ def test_rebinding_name_is_resolved_once_per_connection_and_checked_each_time(mo
         async with serving({"/": response(b"first")}) as origin:
             fetcher = MediaFetcher(FetchPolicy(), LIMITS, resolver=resolver)
             url = f"http://flip.test:{origin.port}/"
-            assert await fetcher.fetch(url) == b"first"
+            assert await body_of(fetcher, url) == b"first"
             assert resolver.lookups == ["flip.test"]
             with pytest.raises(AudioError) as caught:
                 await fetcher.fetch(url)
@@ -454,7 +454,7 @@ def test_certificates_are_those_of_the_name_and_not_of_the_address(name, is_know
             policy = FetchPolicy(allowed_private_hosts=frozenset({GOOD}))
             fetcher = MediaFetcher(policy, LIMITS, resolver=TableResolver(), verify=ours)
             try:
-                return await fetcher.fetch(f"https://{GOOD}:{origin.port}/")
+                return await body_of(fetcher, f"https://{GOOD}:{origin.port}/")
             except AudioError as error:
                 return code_of(error)
             finally:
@@ -526,7 +526,7 @@ def test_one_host_cannot_take_every_connection():
             policy = FetchPolicy(allowed_private_hosts=frozenset({GOOD}), max_connections_per_host=2)
             fetcher = MediaFetcher(policy, LIMITS, resolver=TableResolver())
             url = f"http://{GOOD}:{origin.port}/"
-            bodies = await asyncio.gather(*(fetcher.fetch(url) for _ in range(8)))
+            bodies = await asyncio.gather(*(body_of(fetcher, url) for _ in range(8)))
             await fetcher.aclose()
             return bodies
 

@@ -15,8 +15,8 @@ import pytest
 
 import audio
 from audio import (
-    AudioBytes,
     AudioError,
+    AudioFile,
     AudioLimits,
     AudioLoader,
     AudioUrl,
@@ -52,7 +52,7 @@ def test_every_inline_source_gives_the_same_clip():
         InlineAudio(TEXT, "mp3"),  # a wrong declared format decides nothing
         InlineAudio(f"data:audio/mpeg;base64,{TEXT}"),
         AudioUrl(f"data:audio/wav;base64,{TEXT}"),
-        AudioBytes(WAV, "flac"),
+        AudioFile(io.BytesIO(WAV), "flac"),
     )
     assert clips == [decode(WAV, LIMITS)] * 5
 
@@ -105,16 +105,16 @@ def test_workers_are_bounded(monkeypatch):
     running = most_running = 0
     really_decode = DecoderPool.decode
 
-    def slow_decode(pool, data):
+    def slow_decode(pool, file, *more):
         nonlocal running, most_running
         running += 1
         most_running = max(most_running, running)
         time.sleep(0.02)
         running -= 1
-        return really_decode(pool, data)
+        return really_decode(pool, file, *more)
 
     monkeypatch.setattr(DecoderPool, "decode", slow_decode)
-    assert len(load(*[AudioBytes(WAV)] * 8, num_workers=2)) == 8
+    assert len(load(*[AudioFile(io.BytesIO(WAV)) for _ in range(8)], num_workers=2)) == 8
     assert most_running == 2
 
 
@@ -124,16 +124,44 @@ def test_workers_yield_to_the_event_loop(monkeypatch):
     niceness = []
     really_decode = DecoderPool.decode
 
-    def recorded(pool, data):
-        samples = really_decode(pool, data)
+    def recorded(pool, file, *more):
+        samples = really_decode(pool, file, *more)
         niceness.append(os.getpriority(os.PRIO_PROCESS, 0))
         niceness.extend(process.nice() for process in psutil.Process().children(recursive=True))
         return samples
 
     monkeypatch.setattr(DecoderPool, "decode", recorded)
-    load(AudioBytes(WAV))
+    load(AudioFile(io.BytesIO(WAV)))
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     assert niceness == [min(19, ours + 5)] * 3  # a thread, the host of the decoders, a decoder
+
+
+def test_resampling_is_timed_where_it_happens():
+    """In the decoder's own process: part of what decoding took, and nothing where nothing is resampled."""
+
+    class Heard:
+        def __init__(self):
+            self.stages = {}
+
+        def stage(self, name, began, ended):
+            self.stages[name] = self.stages.get(name, 0) + ended - began
+
+        def file(self, num_bytes, container):
+            pass
+
+    async def scenario(rate):
+        loader, clip, long = AudioLoader(LIMITS), Heard(), Heard()
+        data = written(chirp(60, rate), rate, "WAV", "PCM_16")
+        await loader.load(AudioFile(io.BytesIO(data)), observer=clip)
+        async for _ in loader.stream(io.BytesIO(data), LIMITS, 16_000 * 25, long):
+            pass
+        await loader.aclose()
+        return clip.stages, long.stages
+
+    for stages in asyncio.run(scenario(48_000)):
+        assert 0.001 < stages["resample"] < stages["decode"]
+    for stages in asyncio.run(scenario(16_000)):
+        assert list(stages) == ["decode"]
 
 
 def test_pcm_is_read_only_and_owns_its_samples():

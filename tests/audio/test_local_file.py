@@ -33,7 +33,8 @@ def folder(tmp_path):
 
 
 def read(folder, url):
-    return LocalFiles(folder, LIMITS).read(url.replace("FOLDER", str(folder)))
+    with LocalFiles(folder, LIMITS).open(url.replace("FOLDER", str(folder))) as file:
+        return file.read()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_malformed_ones(folder, url):
     assert caught.value.code == "invalid_audio_url"
 
 
-def test_size_is_checked_before_and_while_reading(folder):
+def test_size_is_checked_before_reading(folder):
     (folder / "big").write_bytes(bytes(100_001))
     with pytest.raises(AudioError) as caught:
         read(folder, "file://FOLDER/big")
@@ -110,7 +111,8 @@ def test_size_is_checked_before_and_while_reading(folder):
 def test_a_folder_that_is_a_link_itself_may_be_named(folder, tmp_path):
     (tmp_path / "alias").symlink_to(folder)
     files = LocalFiles(tmp_path / "alias", LIMITS)
-    assert files.read(f"file://{tmp_path}/alias/a.wav") == WAV
+    with files.open(f"file://{tmp_path}/alias/a.wav") as file:
+        assert file.read() == WAV
 
 
 def test_no_descriptor_is_left_open(folder):

@@ -8,7 +8,7 @@ import pytest
 from audio import AudioError, AudioLimits, FetchPolicy
 from audio.fetch import MediaFetcher
 from audio.media_cache import MAX_AGE_S, MediaCache
-from tests.audio.origin import redirect, response, serving
+from tests.audio.origin import body_of, redirect, response, serving
 
 URL = httpx.URL("http://good.test/a.wav")
 LIMITS = AudioLimits(max_clip_bytes=100_000)
@@ -139,7 +139,7 @@ def fetches(scripts, urls, *, clock=None, change=None, scopes=("",) * 9, max_byt
             outcomes = []
             for number, url in enumerate(urls):
                 try:
-                    outcomes.append(await fetcher.fetch(f"http://good.test:{origin.port}{url}", scopes[number]))
+                    outcomes.append(await body_of(fetcher, f"http://good.test:{origin.port}{url}", scopes[number]))
                 except AudioError as error:
                     outcomes.append(error.code)
                 if change is not None:

@@ -1,16 +1,47 @@
 """Base64 as clients write it, and nothing looser."""
 
 import base64
+import io
+import json
+import os
 
 import pytest
 
-from audio import AudioError, AudioLimits, AudioUrl, InlineAudio
-from audio.source import decode_data_url, decode_inline
+from audio import AudioError, AudioLimits, AudioUrl, FiledText, InlineAudio, TextFile
+from audio.source import write_data_url, write_inline
 
 PAYLOAD = bytes(range(251)) + b"\xfb\xff\xfe"  # its base64 uses + and /, and needs padding
 TEXT = base64.b64encode(PAYLOAD).decode()
 URL_SAFE = base64.urlsafe_b64encode(PAYLOAD).decode()
 LIMITS = AudioLimits(max_clip_bytes=1_000)
+
+
+def filed(text, written=json.dumps):
+    """The text as a request's body holds it."""
+    file = TextFile()
+    file.write(b"others'")
+    begin = file.num_bytes
+    file.write(written(text).encode()[1:-1])
+    stretch = FiledText(file, begin, file.num_bytes)
+    file.write(b"others'")
+    return stretch
+
+
+def decode_inline(text, limits, write=write_inline):
+    """From memory and from a file alike."""
+    outcomes = []
+    for source in (text, filed(text)):
+        file = io.BytesIO()
+        try:
+            write(source, file, limits)
+            outcomes.append(file.getvalue())
+        except AudioError as error:
+            outcomes.append((error.code, error.message))
+            raised = error
+    assert outcomes[0] == outcomes[1]
+    if isinstance(outcomes[0], tuple):
+        raise raised
+    return outcomes[0]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +107,7 @@ def test_size_limit_counts_the_file_and_not_its_line_breaks():
 
 def test_data_url_header_of_hostile_length_is_quick_to_refuse():
     with pytest.raises(AudioError, match="malformed"):
-        decode_data_url("data:" + ";a=" * 1_000_000, LIMITS)
+        decode_inline("data:" + ";a=" * 1_000_000, LIMITS, write_data_url)
 
 
 def test_payloads_stay_out_of_logs():
@@ -91,3 +122,32 @@ def test_escapes_across_the_pieces_of_a_long_text(shift):
     plain += "A" * (-len(plain) % 4)
     escaped = plain.replace("+", "%2B", 3).replace("/", "%2f")
     assert decode_inline(escaped, AudioLimits()) == base64.b64decode(plain)
+
+
+@pytest.mark.parametrize("escape", [r"\/", r"\u002F", r"\u002f"])
+@pytest.mark.parametrize("shift", range(6))
+def test_json_escapes_across_the_pieces_of_a_filed_text(escape, shift):
+    """PHP and .NET write such JSON."""
+    plain = "A" * (2**20 - 8 + shift) + "//" * 6 + "A" * 2**20
+    plain += "A" * (-len(plain) % 4)
+    file = io.BytesIO()
+    write_inline(filed(plain, lambda text: json.dumps(text).replace("/", escape)), file, AudioLimits())
+    assert file.getvalue() == base64.b64decode(plain)
+
+
+@pytest.mark.parametrize("raw", [b"AAAA" * 300_000 + b"\\\\", b"AA\\", b"AA\\u00", b"AA\\x", b"A\nAA", b"\xff\xfe"])
+def test_what_json_would_not_take_is_no_base64(raw):
+    file = TextFile()
+    file.write(raw)
+    with pytest.raises(AudioError) as caught:
+        write_inline(FiledText(file, 0, len(raw)), io.BytesIO(), AudioLimits())
+    assert caught.value.code == "invalid_base64"
+
+
+def test_a_text_file_is_gone_with_its_last_text():
+    before = len(os.listdir("/proc/self/fd"))
+    text = filed("AAAA")
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert text.raw() == b"AAAA"
+    del text
+    assert len(os.listdir("/proc/self/fd")) == before

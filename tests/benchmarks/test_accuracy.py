@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from benchmarks.accuracy import BUNDLED, measure, table
-from model.loader import LM_HEAD, SINGLE_FILE
+from model.loader import LM_HEAD
+from model.weight_files import SINGLE_FILE
 
 
 def run(**changes: Any) -> dict[str, dict[str, float]]:

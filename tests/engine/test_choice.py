@@ -55,6 +55,10 @@ NUCLEI: list[dict[str, Any]] = [
     {},
     {"min_p": 0.1, "temperature": 2.0},
     {"temperature": 0.0},
+    {"top_k": 20, "top_p": 0.5, "temperature": 0.7},
+    {"top_k": 3, "min_p": 0.02},
+    {"top_k": 700, "top_p": 0.95},
+    {"top_k": 2000},
 ]
 
 
@@ -68,10 +72,11 @@ def rows_of(kinds: list[dict[str, Any]], seed: int = 0) -> list[SampleRow]:
 def nucleus(logits: Tensor, params: dict[str, Any]) -> Tensor:
     """The tokens that may be sampled, by the definition, in float64. -> bool [V]."""
     values, ids = (logits / params.get("temperature", 1.0)).sort(descending=True, stable=True)
+    values[params.get("top_k") or len(ids) :] = -math.inf
     probabilities = values.double().softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     kept = (before < params.get("top_p", 1.0)) | (torch.arange(len(ids)) == 0)
-    kept &= probabilities >= params.get("min_p", 0.0) * probabilities[0]
+    kept &= (probabilities >= params.get("min_p", 0.0) * probabilities[0]) & (values > -math.inf)
     return torch.zeros_like(kept).index_copy_(0, ids, kept)
 
 

@@ -13,13 +13,14 @@ import torch
 import engine.assembly
 import engine.loading
 import engine.memory
+from engine import choice
 from engine.core import EngineCore
 from engine.cuda_graphs import DecodeGraphs
 from engine.errors import EngineStartError
 from engine.memory import MemoryUse, graph_bytes, measure, num_kv_blocks, peak_bytes, run_largest_step
 from engine.messages import EngineArgs
 from model.config import Qwen2AudioConfig
-from model.kv_cache import allocate_kv_cache, bytes_per_block
+from model.kv_cache import allocate_kv_cache, bytes_per_block, copy_blocks
 from model.loader import load_model
 from model.qwen2_audio import Qwen2Audio
 from tests.graph_tape import DeviceBackend, TapeCapture
@@ -250,27 +251,42 @@ def test_weights_or_graphs_that_do_not_fit_say_so(
 
 
 def test_the_largest_step_is_all_of_it(tiny: Qwen2Audio, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The encoder's largest run, the whole token budget, and a row of logits for each draft."""
-    seen: dict[str, Any] = {}
-    encode, logits = tiny.encode_audio, tiny.compute_logits
+    """All rows of logits sorted, behind which the tables of penalties stay; the encoder's largest runs; copies of
+    blocks for all choices; the whole token budget, and a row of logits for each draft."""
+    happened: list[tuple[str, int]] = []
+    encode, logits, sort, copy = tiny.encode_audio, tiny.compute_logits, choice._sample_sorted, copy_blocks
 
     def encode_audio(clips: Any) -> Any:
-        seen["frames"] = sum(len(clip) // 160 for clip in clips)
+        happened.append(("frames", sum(len(clip) // 160 for clip in clips)))
+        happened.append(("clips", len(clips)))
         return encode(clips[:1])
 
     def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
-        seen["rows"] = len(hidden)
+        happened.append(("rows", len(hidden)))
         return logits(hidden)
+
+    def sample_sorted(chosen: torch.Tensor, *rest: Any) -> torch.Tensor:
+        happened.append(("sorted", len(chosen)))
+        return sort(chosen, *rest)
+
+    def copy_counted(cache: torch.Tensor, pairs: torch.Tensor) -> None:
+        happened.append(("copies", len(pairs)))
+        copy(cache, pairs)
 
     monkeypatch.setattr(tiny, "encode_audio", encode_audio)
     monkeypatch.setattr(tiny, "compute_logits", compute_logits)
+    monkeypatch.setattr(choice, "_sample_sorted", sample_sorted)
+    monkeypatch.setattr(engine.memory, "copy_blocks", copy_counted)
     args = EngineArgs("", max_num_batched_tokens=64, max_num_seqs=5, num_speculative_tokens=2)
     cache = allocate_kv_cache(tiny.config.text, 5, 16, torch.float32, tiny.device)
     run_largest_step(args, tiny, cache)
-    assert seen["frames"] == args.max_encoder_frames
-    assert seen["rows"] == 5 * 3
+    many = args.max_encoder_frames // 64
+    assert happened == [
+        *(("sorted", 15), ("frames", args.max_encoder_frames), ("clips", 4), ("frames", 64 * many), ("clips", 64)),
+        *(("copies", 5), ("rows", 15), ("sorted", 15)),
+    ]
     run_largest_step(EngineArgs("", max_num_batched_tokens=16, max_num_seqs=64), tiny, cache[:, :, :2])
-    assert seen["rows"] == 16
+    assert happened[-2:] == [("rows", 16), ("sorted", 16)]
 
 
 @pytest.mark.gpu

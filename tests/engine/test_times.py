@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import answer, scheduler
+from engine.answer import SampledToken
 from engine.messages import RequestTimes
+from engine.plan import SchedulerOutput
 from engine.step_sizes import STEP_SIZE_BOUNDS, StepSizes
 
 from .test_scheduler import CLIPS, FakeRunner, add, add_choices, make_scheduler, request, run
@@ -38,10 +40,15 @@ def test_the_first_output_tells_when_each_part_was_reached(clock: Clock) -> None
     one = add(busy, request("a", [4, CLIPS["clip5"], 11], max_tokens=3))
     outputs = []
     for _ in range(5):
-        outputs += run(busy, runner)[1]
+        plan = busy.schedule()
+        runner.execute(plan)
+        if plan.clips_to_encode:
+            plan.note_encoding(clock.now + 0.5, 0.25)
+        sampled = {item.sequence.sequence_id: (SampledToken(2),) for item in plan.scheduled if item.samples}
+        outputs += busy.update(plan, sampled)
         clock.now += 1
     first, second, third = outputs
-    assert first.times == RequestTimes(one.queued_at, 1, 2, 3), "chunks of 8: the clip ends in the second"
+    assert first.times == RequestTimes(one.queued_at, 1, (1.5, 0.25), 3), "chunks of 8: the last ends in the third"
     assert second.times is third.times is None
 
 
@@ -51,7 +58,22 @@ def test_without_clips_nothing_is_encoded(clock: Clock) -> None:
     add(busy, request("a", [4]))
     [output] = run(busy, runner)[1]
     assert output.times is not None
-    assert output.times.encoded is None
+    assert output.times.encoding is None
+
+
+def test_a_clip_that_others_brought_costs_nothing_and_a_second_run_is_added(clock: Clock) -> None:
+    busy = make_scheduler()
+    runner = FakeRunner(busy)
+    one, two = (add(busy, request(name, [1, CLIPS["clip5"], 2, CLIPS["clip3"]])) for name in "ab")
+    plan = busy.schedule()
+    runner.execute(plan)
+    plan.note_encoding(3.0, 0.5)
+    plan.note_encoding(4.0, 0.25)
+    assert one.encoding == (3.0, 0.75)
+    assert two.encoding in (None, (3.0, 0.75)), "in this step or in none"
+    later = SchedulerOutput(plan.scheduled)
+    later.note_encoding(5.0, 1.0)
+    assert one.encoding == (3.0, 0.75)
 
 
 def test_a_preempted_answer_keeps_its_first_moments(clock: Clock) -> None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import av
@@ -173,25 +169,3 @@ def test_compressed_recordings_are_understood(
     samples, _ = soundfile.read(SPEECH / DIGITS, dtype="float32")
     part = {"type": "audio_url", "audio_url": {"url": data_url(encode(samples, container, codec, rate))}}
     assert ask(bundled_server, user(part, text("What does the person say?"))) == "four two seven"
-
-
-def blocks(language: str) -> list[str]:
-    """The README's code blocks of a language."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
-
-
-def test_the_readmes_curl_runs_as_pasted(bundled_server: ServerProcess) -> None:
-    (command,) = (block for block in blocks("sh") if "curl" in block)
-    assert "four two seven" in paste(["bash", "-euo", "pipefail", "-c"], command, bundled_server)
-
-
-def test_the_readmes_python_runs_as_pasted(bundled_server: ServerProcess) -> None:
-    (program,) = (block for block in blocks("python") if "OpenAI" in block)
-    assert paste([sys.executable, "-c"], program, bundled_server) == "four two seven"
-
-
-def paste(interpreter: list[str], code: str, server: ServerProcess) -> str:
-    """Run a block against this server in place of the one on port 8000. -> what it prints."""
-    code = code.replace("http://127.0.0.1:8000", server.url)
-    return subprocess.run([*interpreter, code], cwd=Path(ROOT), capture_output=True, text=True, check=True).stdout

@@ -85,14 +85,6 @@ def test_a_clip_may_be_a_file_bytes_an_array_or_a_url(llm: LLM) -> None:
     assert "siren" in llm.generate(prompt, audio=SPEECH / SIREN).text
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/offline.md"])
-def test_the_documented_program_runs_as_pasted(document: str, tmp_path: Path, mark: str) -> None:
-    pages = (ROOT / document).read_text(encoding="utf-8").split("```python\n")[1:]
-    (program,) = (block for block in (page.split("```")[0] for page in pages) if "LLM()" in block)
-    done = run(program, tmp_path, mark)
-    assert done.stdout.splitlines() == [CLIPS["sound_bell.wav"]["answers"]["What's that sound?"], "four two seven"]
-
-
 @pytest.mark.parametrize(
     ("program", "status", "words"),
     [

@@ -10,7 +10,20 @@ from model.attention.cpu import MAX_QUERIES, MAX_SCORES, CpuBackend
 from model.attention.reference import ReferenceBackend, rotate, write_kv
 from model.attention.rotate_cpu import rotate_and_write
 from model.layers import RotaryEmbedding
-from tests.model.attention_cases import CASES, HEADS, POOL, Case, D, P, decode, dense, expected, make_step
+from tests.model.attention_cases import (
+    CASES,
+    HEADS,
+    LONG_CASES,
+    PADDED_CASES,
+    POOL,
+    Case,
+    D,
+    P,
+    decode,
+    dense,
+    expected,
+    make_step,
+)
 
 BACKENDS = [ReferenceBackend, CpuBackend]
 Backend = type[ReferenceBackend]
@@ -52,11 +65,26 @@ def test_scratch_memory_kept_between_steps_changes_no_result(kind: Backend) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_one_long_sequence_beside_short_ones(backend: Backend) -> None:
-    case = Case("long", ((1, 500), (1, 3), (30, 240)))
-    query, key, value, cache, everything, metadata = make_step(case, (4, 2), float("nan"))
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+def test_long_sequences(case: Case, heads: tuple[int, int], backend: Backend) -> None:
+    query, key, value, cache, everything, metadata = make_step(case, heads, float("nan"))
     out = decode(backend(), query, key, value, cache, metadata)
     torch.testing.assert_close(out.double(), expected(query, everything, metadata), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("case", PADDED_CASES, ids=str)
+def test_padding_rows_write_nothing_and_give_zeros(case: Case, heads: tuple[int, int]) -> None:
+    """To the oracle; a CPU's own backend is never given any."""
+    query, key, value, cache, everything, metadata = make_step(case, heads, 7.0)
+    judged = cache.clone()
+    written = metadata.slot_mapping >= 0
+    slots = metadata.slot_mapping[written]
+    judged.flatten(1, 2)[0, slots], judged.flatten(1, 2)[1, slots] = key[written], value[written]
+    out = decode(ReferenceBackend(), query, key, value, cache, metadata)
+    torch.testing.assert_close(out.double(), expected(query, everything, metadata), atol=2e-6, rtol=1e-5)
+    assert torch.equal(cache, judged)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)

@@ -60,12 +60,12 @@ def test_an_engine_answers_with_text(folder: Path) -> None:
     assert max(tokens) < first_special
 
 
-def test_nothing_but_small_files_is_downloaded_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_but_small_files_is_downloaded_for_it(monkeypatch: pytest.MonkeyPatch, gqa_folder: Path) -> None:
     asked: list[list[str]] = []
 
     def download(*_: object, allow_patterns: list[str], **__: object) -> str:
         asked.append(allow_patterns)
-        return str(tmp_path)
+        return str(gqa_folder)
 
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
     checkpoint.resolve_checkpoint("owner/name")

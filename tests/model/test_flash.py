@@ -81,6 +81,12 @@ def test_a_step_equals_dense_attention(
     close(decode(backend, *step, metadata), judged)
 
 
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+def test_long_sequences(case: Case, backend: FlashBackend) -> None:
+    step, metadata, judged = half_step(case, (4, 2), float("nan"), backend)
+    close(decode(backend, *step, metadata), judged)
+
+
 def test_a_step_in_bfloat16(backend: FlashBackend) -> None:
     step, metadata, judged = half_step(CASES[-1], (4, 2), 0.0, backend, dtype=torch.bfloat16)
     out = decode(backend, *step, metadata)

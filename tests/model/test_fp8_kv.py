@@ -73,9 +73,10 @@ def test_blocks_take_half_of_bfloat16_and_are_copied_whole() -> None:
     cache = allocate_kv_cache(config, 4, P, fp8.DTYPE, torch.device("cpu"))
     assert not cache[:, :, 0].float().any()
     cache[:, :, 1] = torch.randn(2, 2, P, 2, 8).to(fp8.DTYPE)
-    copy_blocks(cache, torch.tensor([[1, 3], [0, 2]]))
-    assert torch.equal(cache[:, :, 3].view(torch.uint8), cache[:, :, 1].view(torch.uint8))
-    assert not cache[:, :, 2].float().any()
+    before = cache.clone()
+    copy_blocks(cache[:, :, :], torch.tensor([[1, 3], [0, 1]]))  # block 1 is read before it is written
+    assert torch.equal(cache[:, :, 3].view(torch.uint8), before[:, :, 1].view(torch.uint8))
+    assert not cache[:, :, 1].float().any()
 
 
 @pytest.mark.parametrize("magnitude", [1e-6, 0.02, 1.0, 300.0])

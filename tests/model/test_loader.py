@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from model.attention import select_backend
 from model.config import Qwen2AudioConfig
 from model.errors import CheckpointError
-from model.loader import INDEX_FILE, LM_HEAD, SINGLE_FILE, load_model, name_table
+from model.loader import LM_HEAD, load_model, name_table
 from model.qwen2_audio import Qwen2Audio
+from model.weight_files import INDEX_FILE, SINGLE_FILE
 from tests.reference import build
 
 EMBED = "language_model.model.embed_tokens.weight"

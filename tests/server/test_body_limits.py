@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from server.api.tokenization import MAX_TOKENS
-from server.http.body import MAX_JSON_OBJECTS, MAX_JSON_VALUES
+from server.http.json_body import MAX_JSON_OBJECTS, MAX_JSON_VALUES
 
 from .conftest import Served, Servers, text_part, user
 

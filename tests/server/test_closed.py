@@ -73,7 +73,6 @@ TARGETS = [
         "/openapi.json",
         "/openapi.json/",
         "/metrics",
-        "/",
         "",
         "*",
         "//",
@@ -91,6 +90,7 @@ TARGETS = [
         "/v1/chat/completions?",
     ),
     *("http://h/v1/models", "http://h/health", "https://h/ready", "//h/health", "http://health/v1/models"),
+    *("/static/../v1/models", "/static/app.js/", "/static/app.js%00", "/static//app.js", "/STATIC/app.js"),
     *("/static", "/v1/models\xff", "/%c0%af", "/%ff", "/\\health", "/v1/models/health", "/v1/files/../../health"),
 ]
 HEADERS = [

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from server.observe.logs import JsonFormatter
+from engine.log_lines import JsonFormatter
 
 from .conftest import Servers, audio_part, text_part, user
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 class Lines(logging.Handler):
@@ -70,6 +75,7 @@ def test_a_request_with_audio(servers: Servers, lines: Lines) -> None:
     request = served.engine.requests[0]
     assert line == {
         "level": "info",
+        "process": "server",
         "logger": "server.access",
         "request_id": "mine",
         "key_id": "02c15a20",
@@ -116,4 +122,25 @@ def test_other_lines() -> None:
     record.created = 1_700_000_000.0004
     line = json.loads(JsonFormatter().format(record))
     assert line.pop("exception").endswith("ValueError: broken\nhere")
-    assert line == {"ts": "2023-11-14T22:13:20.000Z", "level": "error", "logger": "a.b", "message": "it failed"}
+    named = {"level": "error", "process": "server", "logger": "a.b"}
+    assert line == {"ts": "2023-11-14T22:13:20.000Z", **named, "message": "it failed"}
+
+
+def test_what_nobody_catches_is_a_line_too() -> None:
+    script = """
+    import threading, warnings
+    from engine.log_lines import log_all
+    log_all("engine", as_json=True)
+    warnings.warn("old")
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    raise ValueError("odd")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True)
+    old, thread, odd = map(json.loads, done.stderr.splitlines())
+    assert done.returncode == 1
+    assert "old" in old["message"]
+    assert "ZeroDivisionError" in thread["exception"]
+    assert "ValueError: odd" in odd["exception"]
+    assert {line["process"] for line in (old, thread, odd)} == {"engine"}

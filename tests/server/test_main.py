@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,10 +13,30 @@ from pathlib import Path
 import pytest
 
 from configs.settings import Settings
-from server.__main__ import BUNDLED_CHECKPOINT, _engine_args, main
+from server.__main__ import BUNDLED_CHECKPOINT, _engine_args, _listen, main
 from server.summary import startup_summary
 
 from .fake_engine import INFO
+
+
+def test_what_is_sent_does_not_wait_for_the_client_to_confirm_what_was_sent_before() -> None:
+    """Else each event of a stream, and each body behind its head, comes up to 40 ms late."""
+
+    async def main() -> None:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with _listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(handle, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                assert await accepted
+                writer.close()
+
+    asyncio.run(main())
 
 
 def test_wrong_settings_are_one_sentence(

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
+from server.access.held_bytes import HeldBytes
 from server.errors import ApiError
 from server.http.multipart import MAX_FIELD_BYTES, MAX_PARTS, MAX_SPOOLED_BYTES, Form, read_form
 
@@ -34,7 +35,9 @@ def read(chunks: Iterable[bytes], content_type: str, max_bytes: int = 1 << 30, *
 
     given_headers = {"content-type": content_type, **headers}
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in given_headers.items()]
-    return asyncio.run(read_form(Request({"type": "http", "headers": raw}, receive), max_bytes))
+    return asyncio.run(
+        read_form(Request({"type": "http", "headers": raw, "state": {"held": HeldBytes()}}, receive), max_bytes)
+    )
 
 
 def refused(chunks: Iterable[bytes], content_type: str, max_bytes: int = 1 << 30, **headers: str) -> ApiError:
@@ -102,7 +105,9 @@ def test_sizes_are_counted_and_believed() -> None:
 
     headers = [(b"content-type", content_type.encode()), (b"content-length", b"2147483648")]
     with pytest.raises(ApiError) as caught:
-        asyncio.run(read_form(Request({"type": "http", "headers": headers}, receive), 3000))
+        asyncio.run(
+            read_form(Request({"type": "http", "headers": headers, "state": {"held": HeldBytes()}}, receive), 3000)
+        )
     assert caught.value.status == 413
 
 

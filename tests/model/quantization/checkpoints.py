@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.loader import SINGLE_FILE
+from model.weight_files import SINGLE_FILE
 
 Ints = NDArray[np.int64]
 DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

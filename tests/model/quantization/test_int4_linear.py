@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.attention.reference import ReferenceBackend
 from model.config import Qwen2AudioConfig
-from model.loader import SINGLE_FILE, load_model
+from model.loader import load_model
 from model.quantization.int4_linear import Int4Weight
 from model.quantization.packing import GroupedWeight
 from model.qwen2_audio import Qwen2Audio
@@ -24,6 +24,7 @@ from model.triton_kernels.int4_matmul import (
     int4_matmul,
     pack_words,
 )
+from model.weight_files import SINGLE_FILE
 from tests.model.quantization.checkpoints import quantise
 
 SHAPES = [(1, 128, 16, 1), (3, 256, 130, 4), (17, 384, 64, 3), (70, 256, 48, 16), (5, 1280, 32, 10)]

@@ -16,9 +16,10 @@ from torch import Tensor
 from model.attention.reference import ReferenceBackend
 from model.config import Qwen2AudioConfig
 from model.errors import CheckpointError, ConfigError
-from model.loader import INDEX_FILE, SINGLE_FILE, load_model
+from model.loader import load_model
 from model.quantization.scheme import QuantizationScheme, parse_quantization
 from model.qwen2_audio import Qwen2Audio
+from model.weight_files import INDEX_FILE, SINGLE_FILE
 from tests.model.quantization.checkpoints import config_of, quantise
 
 LAYER = "language_model.model.layers.1"

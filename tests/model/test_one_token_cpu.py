@@ -1,0 +1,143 @@
+"""A step of one token as one call of compiled code, against the layers one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import AttentionMetadata, select_backend
+from model.config import TextConfig
+from model.gemv_cpu import packed_blocks
+from model.kv_cache import allocate_kv_cache
+from model.linear import Linear
+from model.one_token_cpu import OneTokenPass, can_run
+from model.parallel import WHOLE
+from model.qwen2 import Qwen2Decoder
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 16
+NUM_BLOCKS = 40
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    kind: torch.dtype = request.param
+    return kind
+
+
+def shape(num_kv_heads: int) -> TextConfig:
+    return TextConfig(
+        vocab_size=50,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=num_kv_heads,
+        head_dim=16,
+    )
+
+
+def make_cache(num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(allocate_kv_cache(shape(num_kv_heads), NUM_BLOCKS, BLOCK_SIZE, dtype, CPU).shape).to(dtype)
+
+
+def make_decoder(dtype: torch.dtype, num_kv_heads: int, *, int8: bool = False) -> Qwen2Decoder:
+    torch.manual_seed(num_kv_heads)
+    backend, _ = select_backend("cpu", CPU, dtype=dtype)
+    decoder = Qwen2Decoder(shape(num_kv_heads), backend, WHOLE).requires_grad_(False)
+    for name, parameter in decoder.named_parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.3 if "norm" in name else 0.1) + ("norm" in name))
+    decoder = decoder.to(dtype).eval()
+    for module in decoder.layers.modules():
+        if isinstance(module, Linear):
+            module.pack(int8=int8)
+    return decoder
+
+
+def one_step(decoder: Qwen2Decoder, hidden: Tensor, length: int, cache: Tensor, rows: Tensor | None) -> Tensor:
+    """The token at the end of a sequence of `length`, whose blocks lie backwards in the cache."""
+    num_blocks = -(-length // BLOCK_SIZE)
+    table = torch.arange(NUM_BLOCKS - 1, NUM_BLOCKS - 1 - num_blocks, -1, dtype=torch.int32)[None]
+    slot = int(table[0, (length - 1) // BLOCK_SIZE]) * BLOCK_SIZE + (length - 1) % BLOCK_SIZE
+    metadata = AttentionMetadata(
+        query_lens=(1,),
+        seq_lens=(length,),
+        num_decodes=1,
+        first_blocks=(None,),
+        block_table=table,
+        slot_mapping=torch.tensor([slot], dtype=torch.int32),
+        seq_lens_device=torch.tensor([length], dtype=torch.int32),
+        query_starts=torch.tensor([0, 1], dtype=torch.int32),
+    )
+    return decoder(hidden, torch.tensor([length - 1], dtype=torch.int32), cache, metadata, rows)
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    if ours.dtype == torch.float32:
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    else:
+        assert (ours == theirs).float().mean() > 0.9, "a sum in another order may tip a tie"
+        torch.testing.assert_close(ours, theirs, atol=0.06, rtol=0.02)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
+def test_it_computes_what_the_layers_do_and_writes_the_same_cache(dtype: torch.dtype, num_kv_heads: int) -> None:
+    decoder = make_decoder(dtype, num_kv_heads)
+    assert can_run(decoder)
+    filled = make_cache(num_kv_heads, dtype)
+    one_token = OneTokenPass(decoder)
+    for length in (1, 2, 15, 16, 17, 33, 600):
+        hidden = torch.randn(1, 96).to(dtype)
+        expected_cache, cache = filled.clone(), filled.clone()
+        decoder.one_token = None
+        expected = one_step(decoder, hidden, length, expected_cache, None)
+        decoder.one_token = one_token
+        ours = one_step(decoder, hidden, length, cache, None)
+        close(ours, expected)
+        close(cache, expected_cache)
+
+
+@torch.inference_mode()
+def test_rows_are_taken_and_what_was_given_stays(dtype: torch.dtype) -> None:
+    decoder = make_decoder(dtype, 6)
+    decoder.one_token = OneTokenPass(decoder)
+    cache = make_cache(6, dtype)
+    hidden = torch.randn(1, 96).to(dtype)
+    before = hidden.clone()
+    first = one_step(decoder, hidden, 1, cache, None)
+    kept = first.clone()
+    assert torch.equal(hidden, before)
+    assert one_step(decoder, hidden, 1, cache, torch.tensor([], dtype=torch.int64)).shape == (0, 96)
+    assert torch.equal(one_step(decoder, hidden, 1, cache, torch.tensor([0])), first)
+    one_step(decoder, torch.randn(1, 96).to(dtype), 2, cache, None)
+    assert torch.equal(first, kept), "a later step must not write into an earlier one's result"
+
+
+@torch.inference_mode()
+def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
+    decoder = make_decoder(dtype, 6)
+    decoder.one_token = OneTokenPass(decoder)
+    cache = make_cache(6, dtype)
+    poisoned = torch.randn(1, 96).to(dtype)
+    poisoned[0, 3] = float("nan")
+    assert not one_step(decoder, poisoned, 1, cache, None).isfinite().any()
+    assert one_step(decoder, torch.randn(1, 96).to(dtype), 1, cache, None).isfinite().all()
+
+
+def test_weights_of_8_bits_keep_their_own_product() -> None:
+    assert not can_run(make_decoder(torch.float32, 6, int8=True))
+
+
+@torch.inference_mode()
+def test_a_layout_is_believed_only_where_the_weight_is_found_in_it(dtype: torch.dtype) -> None:
+    weight = torch.randn(200, 96).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    assert packed_blocks(packed, weight) is not None
+    other = weight.clone()
+    other[199, 95] += 1
+    assert packed_blocks(packed, other) is None
+    assert packed_blocks(packed, torch.randn(200, 48).to(dtype)) is None
+    ragged = torch.randn(128, 100).to(dtype)
+    assert packed_blocks(torch.ops.mkldnn._reorder_linear_weight(ragged), ragged) is None
