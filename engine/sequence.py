@@ -1,11 +1,10 @@
 """One choice of a request inside the engine: the scheduler's mutable state. Torch-free.
 
 Only the scheduler with its queue changes a sequence, and only the block manager with its prefix cache what is about
-blocks;
-everybody else reads. There is no phase: a sequence has tokens, and `num_computed_tokens` of them are in the cache. A
-step computes some of the rest; when none is left but the newest, that is what others call decoding. The choices of a
-request are sequences of their own with the same prompt; where they share blocks of the cache is the scheduler's
-business.
+blocks; everybody else reads. There is no phase: a sequence has tokens, and `num_computed_tokens` of them are in the
+cache. A step computes some of the rest; when none is left but the newest, that is what others call decoding. The
+choices of a request are sequences of their own with the same prompt; where they share blocks of the cache is the
+scheduler's business.
 """
 
 from __future__ import annotations
