@@ -10,24 +10,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
 TOPOLOGY := .topology
+TOOLS := .tools
+LOCKED := --quiet --disable-pip-version-check --require-hashes --no-deps --requirement
 
-.PHONY: help setup serve test docs clients topology peers bench gpu lint types check clean
+.PHONY: help setup serve test docs clients topology peers bench gpu lint types check lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-# torch comes first and alone: a plain resolve would choose a build for this machine on its own terms.
-$(VENV)/.runtime: pyproject.toml
+# torch comes alone: which build is right is this machine's business. All else is as it was locked, hashes and all.
+$(VENV)/.runtime: pyproject.toml requirements/runtime.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "Python 3.11 to 3.13 is needed; this is $$($(PYTHON) --version). Try PYTHON=python3.12 make setup"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install $(LOCKED) requirements/runtime.txt
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --group dev
+$(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
+	$(BIN)/python -m pip install $(LOCKED) requirements/dev.txt
 	@touch $@
 
 setup: $(VENV)/.runtime ## make .venv with all that serving needs
@@ -67,6 +69,8 @@ bench: $(VENV)/.dev ## the CPU benchmarks, within 15 minutes: JSON and a picture
 	$(BIN)/python -m benchmarks.cpu_set $(ARGS)
 
 gpu: $(VENV)/.dev ## on a machine with a GPU: the tests that need one, then every benchmark (docs/gpu.md)
+	@$(BIN)/python -m benchmarks.gpu all --plan $(ARGS)
+	@echo "before them, the tests that need a GPU, for which every kernel is compiled: how long is unmeasured"
 	@$(BIN)/python -m pytest -m gpu; tests=$$?; $(BIN)/python -m benchmarks.gpu all $(ARGS) && exit $$tests
 
 docs: $(VENV)/.dev ## build the documentation in site/, its links checked
@@ -81,5 +85,14 @@ types: $(VENV)/.dev ## mypy, strict
 
 check: lint types docs test clients ## all that CI runs: lint, types, documentation, tests, real clients
 
+# What tools/ runs on.
+$(TOOLS)/.done: requirements/tools.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install $(LOCKED) $<
+	@touch $@
+
+lock: $(TOOLS)/.done ## lock what pyproject.toml asks for; make lock ARGS=--upgrade
+	$(TOOLS)/bin/python -m tools.lock "$(firstword $(TORCH))" $(ARGS)
+
 clean: ## remove .venv and caches
-	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) .peers build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) $(TOOLS) .peers build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ MAX_WAIT_S = 0.3
 """In the stage `waiting`: decoding, queued, prefilling, decoding."""
 SETTLE_S = 2.0
 """After the warm-up."""
-STAGE_LIMIT_S = 30.0
+STAGE_LIMIT_S = 300.0
 """For a cycle: a client that waits for an answer's beginning gets it, or gives up."""
 
 

@@ -218,7 +218,11 @@ class Memory(threading.Thread):
     def now(self) -> float:
         """MiB."""
         total = 0
-        for process in (self.server, *self.server.children(recursive=True)):
+        try:
+            children = self.server.children(recursive=True)
+        except psutil.NoSuchProcess:
+            return 0.0
+        for process in (self.server, *children):
             try:
                 rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
             except OSError:
@@ -324,7 +328,7 @@ async def run(settings_of: Callable[[int, Path], Settings]) -> dict[str, Any]:
         url = f"http://127.0.0.1:{await asyncio.to_thread(ours.recv)}"
         try:
             honest = json.dumps(make_body(make_clip(10.0, "mp3"), 1)).encode()
-            async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=120) as client:
+            async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=600) as client:
                 return await measure_all(client, hostile_requests(port, folder), honest, Memory(process.pid))
         finally:
             ours.send("end")

@@ -33,7 +33,7 @@ BETWEEN_S = 2.0
 """Of service between two kills."""
 MAX_PAUSE_S = 1.0
 """Clients here are more eager than they are asked to be: so is the figure for the time back to service."""
-BACK_LIMIT_S = 120.0
+BACK_LIMIT_S = 300.0
 
 
 @dataclass(frozen=True)

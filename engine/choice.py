@@ -41,7 +41,8 @@ def choose(logits: Tensor, batch: RowGroups) -> tuple[Tensor, Tensor]:
     if on_gpu:
         token_ids, maxima, broken = best_tokens(logits)
     else:
-        token_ids, broken = logits.argmax(-1), logits.isnan().any(-1)
+        token_ids = logits.argmax(-1)
+        broken = logits.gather(-1, token_ids[:, None])[:, 0].isnan()  # NaN counts as the largest
     if rows := batch.rows(_is_partial):
         count = min(max(row.sampling.top_k for row in rows.members), logits.shape[1])
         values, ids = _best_candidates(logits[rows.index], count)

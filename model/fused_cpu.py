@@ -6,6 +6,7 @@ good for float32, and only `one_token_cpu` takes that from here.
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,17 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from model.compiled import as_float32, compile_region, exp2, narrow, parallel_region, pointer, take_next, widen
+from model.compiled import (
+    as_float32,
+    compile_region,
+    exp2,
+    narrow,
+    parallel_region,
+    pointer,
+    structure,
+    take_next,
+    widen,
+)
 
 ARGUMENTS = np.dtype(
     [
@@ -23,6 +34,7 @@ ARGUMENTS = np.dtype(
     ],
     align=True,
 )
+_Arguments = structure(ARGUMENTS)
 ROWS = 8
 """Of an item of work."""
 MINUS_LOG2_E = -1.4426950408889634
@@ -42,12 +54,11 @@ def swiglu(x: Tensor) -> Tensor:
 
 def _run(kernel: int, x: Tensor, out: Tensor, weight: int = 0, eps: float = 0.0) -> Tensor:
     num_rows, width = out.shape
-    counter = np.zeros(1, dtype=np.int64)
-    arguments = np.zeros(1, dtype=ARGUMENTS)
-    arguments[0] = num_rows, width, x.data_ptr(), weight, out.data_ptr(), counter.ctypes.data, eps
+    counter = ctypes.c_int64(0)
+    arguments = _Arguments(num_rows, width, x.data_ptr(), weight, out.data_ptr(), ctypes.addressof(counter), eps)
     region = parallel_region()
     assert region is not None, "installed only where torch has this runtime"
-    region(kernel, arguments.ctypes.data, min(torch.get_num_threads(), -(-num_rows // ROWS)), 0)
+    region(kernel, ctypes.addressof(arguments), min(torch.get_num_threads(), -(-num_rows // ROWS)), 0)
     return out
 
 

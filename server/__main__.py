@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import logging
 import signal
 import socket
@@ -30,6 +29,7 @@ from server.access.key_file import KeysError
 from server.app import api_keys, create_app
 from server.heap import give_large_blocks_back
 from server.http.connection import server_config
+from server.http.cross_site import is_loopback
 from server.lifecycle import LAST_WORDS_SECONDS, DrainPolicy, serve_until_end
 from server.observe.logs import configure_logging
 from server.observe.metrics_server import metrics_served
@@ -66,7 +66,7 @@ def run(settings: Settings) -> int:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level, as_json=settings.log_json)
     give_large_blocks_back()
-    if not is_closed and not _is_loopback(settings.host):
+    if not is_closed and not is_loopback(settings.host):
         logger.warning("open to all who reach %s: set --api-key or --api-key-file", settings.host)
     signal.signal(signal.SIGTERM, _stop_loading)  # until the server has its own handlers
     try:
@@ -121,7 +121,7 @@ async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, lis
     print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
     config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)
     policy = DrainPolicy(settings.drain_grace, settings.shutdown_timeout)
-    async with metrics_served(app.state.metrics, settings.metrics_host, settings.metrics_port):
+    async with metrics_served(app.state.metrics, settings.metrics_host, settings.metrics_port, server_config):
         cause = await serve_until_end(app, engine, config, listener, policy)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
 
@@ -163,13 +163,6 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.bind((host, port))
     listener.set_inheritable(True)
     return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _stop_loading(sig: int, _: FrameType | None) -> NoReturn:

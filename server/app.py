@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from server.api.routes import allowed_methods, route_of, router
 from server.errors import to_api_error
 from server.generation.serving import Serving
 from server.http.cors import Cors
+from server.http.cross_site import CrossSiteGuard, is_loopback
 from server.http.middleware import RequestScope
 from server.media.loader import MediaLoader
 from server.media.store import AudioStore
@@ -96,8 +97,28 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     playground = Playground(is_on=settings.playground)
     app.router.routes.extend(playground.routes)
     app.add_exception_handler(HTTPException, _refuse)
+    _add_layers(app, settings, keys, quotas, observers, playground)
+    return app
+
+
+def _add_layers(
+    app: FastAPI,
+    settings: Settings,
+    keys: ApiKeys,
+    quotas: Quotas,
+    observers: Sequence[RequestObserver],
+    playground: Playground,
+) -> None:
+    """What stands round the routes, the innermost first."""
     if quotas.has_limits:
         app.add_middleware(QuotaScope, quotas=quotas)
+    app.add_middleware(
+        CrossSiteGuard,
+        has_keys=lambda: len(keys) > 0,
+        is_local=is_loopback(settings.host),
+        hosts=settings.allowed_hosts,
+        origins=settings.allowed_origins,
+    )
     app.add_middleware(
         RequestScope,
         keys=keys,
@@ -105,11 +126,10 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
         route_of=lambda scope: playground.route_of(scope["path"]) or route_of(scope),
         is_open=playground.is_open,
         observers=observers,
-        meter=metrics,
+        meter=app.state.metrics,
     )
     if settings.allowed_origins:
         app.add_middleware(Cors, origins=settings.allowed_origins)
-    return app
 
 
 def api_keys(settings: Settings) -> ApiKeys:
@@ -122,6 +142,7 @@ def _traffic(settings: Settings, engine: EngineClient) -> Traffic:
         engine.info.max_num_seqs + settings.max_num_queued_reqs,
         Budget(settings.max_body_memory_mb * MIB),
         Budget(settings.max_body_disk_mb * MIB),
+        Budget(settings.max_audio_memory_mb * MIB),
     )
 
 

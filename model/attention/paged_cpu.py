@@ -10,6 +10,7 @@ the cache holds; what is not a number stays so.
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,7 @@ from model.compiled import (
     parallel_region,
     pointer,
     prefetch,
+    structure,
     take_next,
 )
 
@@ -44,6 +46,7 @@ ARGUMENTS = np.dtype(
     ]
 )
 """What a parallel region works on: sizes, the addresses of the arrays, and those of the two counters."""
+_Arguments = structure(ARGUMENTS)
 
 AHEAD = 8
 """Tokens by which keys and values are asked for beforehand where a thread reads some heads only: what it skips
@@ -59,8 +62,6 @@ class PagedAttention:
         """Compiles the kernel, once for each kind: about two seconds. dtype: bfloat16 or float32."""
         self._kernel = compile_attention(head_dim, block_size, dtype == torch.bfloat16)
         self._scratch = torch.empty(0)
-        self._counters = np.zeros(2, dtype=np.int64)
-        self._arguments = np.zeros(1, dtype=ARGUMENTS)
 
     def __call__(self, query: Tensor, kv_layer: Tensor, metadata: AttentionMetadata, num_sequences: int) -> Tensor:
         """The first `num_sequences` sequences attend causally, bottom-right, to what the cache holds.
@@ -79,18 +80,18 @@ class PagedAttention:
         if self._scratch.numel() < num_threads * scratch_per_thread:
             self._scratch = torch.empty(num_threads * scratch_per_thread)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        self._counters[:] = 0
-        self._arguments[0] = (
+        counters = (ctypes.c_int64 * 2)()
+        arguments = _Arguments(
             *(num_sequences, num_tokens, kv_layer.shape[1], block_table.shape[1]),
             *(num_heads, num_kv_heads, groups, scratch_per_thread),
             *(query.data_ptr(), query.stride(0), out.data_ptr()),
             *(kv_layer.data_ptr(), block_table.data_ptr()),
             *(metadata.query_starts.data_ptr(), metadata.seq_lens_device.data_ptr(), self._scratch.data_ptr()),
-            *(self._counters.ctypes.data, self._counters.ctypes.data + 8),
+            *(ctypes.addressof(counters), ctypes.addressof(counters) + 8),
         )
         region = parallel_region()
         assert region is not None, "the backend is chosen only where torch has this runtime"
-        region(self._kernel, self._arguments.ctypes.data, num_threads, 0)
+        region(self._kernel, ctypes.addressof(arguments), num_threads, 0)
         return out
 
 

@@ -5,6 +5,7 @@ Roundings are those of the reference, operator by operator.
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from model.compiled import REASSOCIATE, compile_region, narrow, parallel_region, pointer, take_next, widen
+from model.compiled import REASSOCIATE, compile_region, narrow, parallel_region, pointer, structure, take_next, widen
 
 ARGUMENTS = np.dtype(
     [
@@ -24,6 +25,7 @@ ARGUMENTS = np.dtype(
         )
     ]
 )
+_Arguments = structure(ARGUMENTS)
 ROWS = 8
 """Tokens of an item of work."""
 
@@ -37,17 +39,16 @@ def rotate_and_write(heads: Tensor, cos: Tensor, sin: Tensor, kv_layer: Tensor, 
     num_tokens, num_rows, head_dim = heads.shape
     num_kv_heads = kv_layer.shape[3]
     turned = heads.new_empty(num_tokens, num_rows - num_kv_heads, head_dim)
-    counter = np.zeros(1, dtype=np.int64)
-    arguments = np.zeros(1, dtype=ARGUMENTS)
-    arguments[0] = (
+    counter = ctypes.c_int64(0)
+    arguments = _Arguments(
         *(num_tokens, num_rows - 2 * num_kv_heads, num_kv_heads, head_dim // 2, kv_layer[0].numel()),
         *(heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), slot_mapping.data_ptr(), turned.data_ptr()),
-        *(kv_layer.data_ptr(), counter.ctypes.data),
+        *(kv_layer.data_ptr(), ctypes.addressof(counter)),
     )
     region = parallel_region()
     assert region is not None, "the backend is chosen only where torch has this runtime"
     kernel = compile_rotation(heads.dtype == torch.bfloat16)
-    region(kernel, arguments.ctypes.data, min(torch.get_num_threads(), -(-num_tokens // ROWS)), 0)
+    region(kernel, ctypes.addressof(arguments), min(torch.get_num_threads(), -(-num_tokens // ROWS)), 0)
     return turned
 
 
