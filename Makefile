@@ -9,11 +9,12 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .clients
+BROWSER := .browser
 TOPOLOGY := .topology
 TOOLS := .tools
 LOCKED := --quiet --disable-pip-version-check --require-hashes --no-deps --requirement
 
-.PHONY: help setup serve test docs clients topology peers bench gpu lint types check lock clean
+.PHONY: help setup serve test docs browser clients topology peers bench gpu lint types check lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -39,6 +40,21 @@ serve: setup ## serve the bundled checkpoint on port 8000; make serve ARGS="--po
 
 test: $(VENV)/.dev ## run the tests; make test ARGS="-k scheduler"
 	$(BIN)/python -m pytest $(ARGS)
+
+browser: $(VENV)/.browser $(BROWSER)/.done ## the playground in Chromium with a fake microphone; needs chromium
+	@test -n "$$CHROME_PATH" || command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null \
+		|| { echo "Chromium is needed: apt-get install chromium, or name one in CHROME_PATH"; exit 1; }
+	$(BIN)/python -m pytest tests/browser -m browser $(ARGS)
+
+$(VENV)/.browser: $(VENV)/.dev tests/browser/python.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement tests/browser/python.txt
+	@touch $@
+
+$(BROWSER)/.done: tests/browser/package.json tests/browser/node.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/browser/node.txt
+	cp $< $(@D) && PATH="$(abspath $(@D))/bin:$$PATH" npm install --prefix $(@D) --silent --no-audit --no-fund
+	@touch $@
 
 clients: $(VENV)/.dev $(CLIENTS)/openai3/.done $(CLIENTS)/openai2/.done $(CLIENTS)/node/.done ## run real clients against a server
 	$(BIN)/python -m pytest tests/clients -m clients $(ARGS)
@@ -95,4 +111,4 @@ lock: $(TOOLS)/.done ## lock what pyproject.toml asks for; make lock ARGS=--upgr
 	$(TOOLS)/bin/python -m tools.lock "$(firstword $(TORCH))" $(ARGS)
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) $(CLIENTS) $(TOPOLOGY) $(TOOLS) .peers build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BROWSER) $(CLIENTS) $(TOPOLOGY) $(TOOLS) .peers build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
