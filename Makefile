@@ -99,7 +99,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types docs test ## lint, types, documentation and tests
+check: lint types docs test clients ## all that CI runs: lint, types, documentation, tests, real clients
 
 # What tools/ runs on.
 $(TOOLS)/.done: requirements/tools.txt

@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 
 from benchmarks.http_load import json_request, upload_request
 from benchmarks.inside import InsideServer, inside
-from benchmarks.load import make_wav
 from benchmarks.report import finish
 from configs.settings import Settings
+from tympan.load import make_wav
 
 STAGES = ("head", "body", "sent", "waiting", "answering", "whole")
 MAX_WAIT_S = 0.3

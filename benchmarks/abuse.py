@@ -32,11 +32,12 @@ import soundfile
 
 from benchmarks.front import QUESTION, make_body, make_clip
 from benchmarks.null_engine import serve
-from benchmarks.report import finish, percentiles
+from benchmarks.report import finish
 from configs.settings import Settings
 from tests.audio.origin import Origin, redirect, response
 from tests.audio.signals import chirp, encoded, silent_film, written
 from tests.audio.test_hostile_files import UNREADABLE, flac_of_silence, index_bomb, wav_header
+from tympan.load import percentiles
 
 MIB = 1 << 20
 CONCURRENCY = 8

@@ -25,8 +25,9 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.report import finish, percentiles
+from benchmarks.report import finish
 from benchmarks.servers import Recipe, running
+from tympan.load import percentiles
 
 HANG_TIMEOUT_S = 3.0
 BETWEEN_S = 2.0

@@ -27,7 +27,6 @@ from configs.settings import Settings
 from engine.client import EngineClient
 from engine.supervisor import SupervisedEngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
-from model.errors import ConfigError
 from server.access.admission import PromptQueue, Traffic
 from server.access.auth import ApiKeys
 from server.access.held_bytes import Budget
@@ -49,6 +48,7 @@ from server.observe.request_record import RequestObserver
 from server.playground import Playground
 from server.prompt.builder import PromptBuilder
 from server.prompt.chat_template import ChatTemplate
+from server.prompt.consistency import check_tokenizer
 from server.prompt.tokenizer import Tokenizer
 from server.structured.compiler import GrammarCompiler
 from server.transcription.recipe import Recipe
@@ -148,16 +148,15 @@ def _traffic(settings: Settings, engine: EngineClient) -> Traffic:
 
 def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, media: MediaLoader) -> Serving:
     tokenizer = Tokenizer.from_folder(checkpoint)
-    audio_token_id = Qwen2AudioConfig.from_folder(checkpoint).audio_token_id
-    if audio_token_id not in tokenizer.special_ids:
-        raise ConfigError(f"config.json: audio_token_index {audio_token_id} is no special token of tokenizer.json")
+    template = ChatTemplate.from_folder(checkpoint)
+    check_tokenizer(tokenizer, template, checkpoint)
     return Serving(
         model_names=settings.served_model_name or (settings.model or checkpoint.name,),
         engine=engine,
         prompts=PromptBuilder(
             tokenizer=tokenizer,
-            template=ChatTemplate.from_folder(checkpoint),
-            audio_token_id=audio_token_id,
+            template=template,
+            audio_token_id=Qwen2AudioConfig.from_folder(checkpoint).audio_token_id,
             max_model_len=engine.info.max_model_len,
         ),
         media=media,

@@ -34,13 +34,13 @@ class _Bystander(uvicorn.Server):
 
 @asynccontextmanager
 async def metrics_served(
-    metrics: Metrics, host: str, port: int | None, config_of: Callable[..., uvicorn.Config]
+    metrics: Metrics, listener: socket.socket | None, config_of: Callable[..., uvicorn.Config]
 ) -> AsyncIterator[None]:
-    """Serve them meanwhile; nothing without a port. Raises OSError when it cannot be listened on.
+    """Serve them meanwhile on `listener`, which is closed at the end; without one, nothing.
 
     config_of: how an application is served: with the deadlines of the server's own port.
     """
-    if port is None:
+    if listener is None:
         yield
         return
 
@@ -48,8 +48,7 @@ async def metrics_served(
         text, content_type = await asyncio.to_thread(metrics.exposition, request.headers.get("accept", ""))
         return Response(text, headers={"Content-Type": content_type})
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listener:
+    with listener:
         app = Starlette(routes=[Route("/metrics", read_metrics)])
         server = _Bystander(config_of(app, lifespan="off", limit_concurrency=MAX_CONNECTIONS))
         serving = asyncio.create_task(server.serve([listener]))

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import engine.core
+import engine.assembly
 import engine.loading
 from engine.core import EngineCore
 from engine.cuda_graphs import CudaCapture, DecodeGraphs, bucket_sizes, graph_capture
 from engine.input_batch import InputBatch, build_input_batch, decode_section, pad_decodes
-from engine.messages import EngineArgs, SequenceId
+from engine.messages import EngineArgs, EngineRequest, SequenceId
 from engine.plan import PlanInProgress, ScheduledSequence, SchedulerOutput
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -241,7 +241,7 @@ def test_which_steps_can_have_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def capture(monkeypatch: pytest.MonkeyPatch) -> TapeCapture:
     """Engines on a CPU that replay tapes."""
     capture = TapeCapture()
-    monkeypatch.setattr(engine.core, "graph_capture", lambda *args: (capture, ""))
+    monkeypatch.setattr(engine.assembly, "graph_capture", lambda *args: (capture, ""))
     monkeypatch.setattr(engine.loading, "select_backend", lambda *args, **_: (DeviceBackend(), "for tests"))
     return capture
 
@@ -282,6 +282,15 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 """Each with sequences that sample, have grammars, penalties, several choices, clips and priorities, side by side."""
 
 
+def without_the_longest(wanted: list[EngineRequest]) -> list[EngineRequest]:
+    return [given for given in wanted if given.request_id != "to the end"]
+
+
+def answers_to(wanted: list[EngineRequest], answers: dict[SequenceId, Answer]) -> dict[SequenceId, Answer]:
+    names = {given.request_id for given in wanted}
+    return {key: answer for key, answer in answers.items() if key[0] in names}
+
+
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_no_combination_changes_an_answer(
     gqa_folder: Path, capture: TapeCapture, request: pytest.FixtureRequest, name: str
@@ -293,7 +302,9 @@ def test_no_combination_changes_an_answer(
     sizes = bucket_sizes(core.info.max_num_seqs)
     assert core.info.cuda_graphs.startswith(f"{len(sizes)} of decode steps, up to {sizes[-1]} sequences")
     wanted = [replace(given, priority=place % 3) for place, given in enumerate(requests())]
-    assert_same(run(core, wanted), judged)
+    if name in ("graphs, overlap", "graphs, overlap, float8"):  # the longest answer takes most of the time
+        wanted = without_the_longest(wanted)
+    assert_same(run(core, wanted), answers_to(wanted, judged))
     replays, steps = sum(tape.num_replays for tape in capture.tapes), core.stats.num_steps
     assert (replays if "drafts" in name else 2 * replays - steps) > 0
     assert (core.stats.num_draft_tokens > 0) == ("drafts" in name)
@@ -301,8 +312,8 @@ def test_no_combination_changes_an_answer(
     assert core.info.async_scheduling == ("overlap" in name)
     assert (core.info.kv_cache_dtype == "float8_e4m3fn") == ("float8" in name)
     before = core.stats.prefix_cache_hits
-    again = {given.request_id: given for given in wanted if given.request_id != "to the end"}
-    assert_same(run(core, list(again.values())), {key: answer for key, answer in judged.items() if key[0] in again})
+    wanted = without_the_longest(wanted)
+    assert_same(run(core, wanted), answers_to(wanted, judged))
     assert (core.stats.prefix_cache_hits > before) == ("no prefix" not in name)
 
 
