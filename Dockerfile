@@ -22,7 +22,7 @@ RUN pip install --require-hashes --no-deps --requirement requirements/runtime.tx
 # Optional: own kernels serve without it. As sources it would need nvcc, which this image does not bring, and hours.
 ARG FLASH_ATTN=""
 RUN if [ -n "$FLASH_ATTN" ]; then pip install --no-deps einops "$FLASH_ATTN"; fi
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE THIRD_PARTY.md ./
 COPY server server
 COPY engine engine
 COPY model model

@@ -14,10 +14,10 @@ TOPOLOGY := .topology
 TOOLS := .tools
 LOCKED := --quiet --disable-pip-version-check --require-hashes --no-deps --requirement
 
-.PHONY: help setup serve test docs browser clients topology peers bench gpu lint types check lock clean
+.PHONY: help setup serve test docs browser clients topology peers bench gpu lint types check lock licences audit sbom lint-deploy hooks clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 # torch comes alone: which build is right is this machine's business. All else is as it was locked, hashes and all.
 $(VENV)/.runtime: pyproject.toml requirements/runtime.txt
@@ -99,7 +99,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types docs test ## lint, types, documentation and tests
+check: lint types docs test clients ## all that CI runs: lint, types, documentation, tests, real clients
 
 # What tools/ runs on.
 $(TOOLS)/.done: requirements/tools.txt
@@ -109,6 +109,21 @@ $(TOOLS)/.done: requirements/tools.txt
 
 lock: $(TOOLS)/.done ## lock what pyproject.toml asks for; make lock ARGS=--upgrade
 	$(TOOLS)/bin/python -m tools.lock "$(firstword $(TORCH))" $(ARGS)
+
+licences: $(TOOLS)/.done ## write THIRD_PARTY.md; an unknown licence fails; make licences ARGS=--check only compares
+	$(TOOLS)/bin/python -m tools.licences $(ARGS)
+
+audit: $(TOOLS)/.done ## known vulnerabilities of what is locked; make audit ARGS=--or-say-so where there is no database
+	$(TOOLS)/bin/python -m tools.audit $(ARGS)
+
+sbom: $(TOOLS)/.done ## a CycloneDX bill of materials, dist/sbom.cdx.json
+	$(TOOLS)/bin/python -m tools.sbom
+
+lint-deploy: $(TOOLS)/.done ## lint the image, compose files, manifests, nginx and CI's files
+	$(TOOLS)/bin/python -m tools.deployment
+
+hooks: $(VENV)/.dev $(TOOLS)/.done ## quick checks at every commit
+	$(TOOLS)/bin/pre-commit install
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) $(BROWSER) $(CLIENTS) $(TOPOLOGY) $(TOOLS) .peers build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import engine.core
+import engine.assembly
 import engine.loading
 from engine.core import EngineCore
 from engine.cuda_graphs import CudaCapture, DecodeGraphs, bucket_sizes, graph_capture
@@ -241,7 +241,7 @@ def test_which_steps_can_have_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def capture(monkeypatch: pytest.MonkeyPatch) -> TapeCapture:
     """Engines on a CPU that replay tapes."""
     capture = TapeCapture()
-    monkeypatch.setattr(engine.core, "graph_capture", lambda *args: (capture, ""))
+    monkeypatch.setattr(engine.assembly, "graph_capture", lambda *args: (capture, ""))
     monkeypatch.setattr(engine.loading, "select_backend", lambda *args, **_: (DeviceBackend(), "for tests"))
     return capture
 

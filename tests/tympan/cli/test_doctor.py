@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from model.config import Qwen2AudioConfig
 from model.weight_files import INDEX_FILE, SINGLE_FILE
 from server.__main__ import BUNDLED_CHECKPOINT
 from server.listener import ListenError, listen
@@ -63,8 +64,12 @@ def wrong_tokenizer(folder: Path) -> tuple[list[str], str]:
 
 
 def small_kv_cache(_: Path) -> tuple[list[str], str]:
-    told = "the KV cache holds 32 tokens, --max-model-len is 8192: lower that, or give the cache 41943040 bytes by "
-    return ["--kv-cache-memory-bytes", "170000"], f"{told}--kv-cache-memory-bytes"
+    config = Qwen2AudioConfig.from_folder(BUNDLED_CHECKPOINT).text
+    num_tokens = config.max_position_embeddings
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    told = f"the KV cache holds 32 tokens, --max-model-len is {num_tokens}: lower that, or give the cache "
+    flags = ["--dtype", "float32", "--kv-cache-memory-bytes", str(33 * token_bytes)]
+    return flags, f"{told}{num_tokens * token_bytes} bytes by --kv-cache-memory-bytes"
 
 
 def tympan(*arguments: str) -> subprocess.Popen[str]:
