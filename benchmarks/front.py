@@ -38,7 +38,6 @@ from audio.source import write_inline
 from benchmarks import health
 from benchmarks.health import wait_until_healthy
 from benchmarks.http_load import json_request, send
-from benchmarks.load import closed_loop
 from benchmarks.long_file import make_recording, serving
 from benchmarks.make_checkpoint import write_checkpoint
 from benchmarks.null_engine import serve
@@ -53,6 +52,7 @@ from server.prompt.builder import PromptBuilder
 from server.prompt.chat_template import AUDIO, ChatTemplate, Turn
 from server.prompt.tokenizer import Tokenizer
 from server.requests.schema import ChatRequest
+from tympan.load import closed_loop
 
 SECONDS = (2.0, 10.0, 30.0)
 RATES = {"wav": 16_000, "mp3": 44_100, "opus": 48_000}

@@ -31,11 +31,12 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.make_checkpoint import BUNDLED, write_checkpoint
-from benchmarks.report import finish, percentiles
+from benchmarks.report import finish
 from engine.client import InlineEngineClient
 from engine.messages import EngineArgs, EngineRequest, SamplingParams
 from server.prompt.tokenizer import Tokenizer
 from server.structured.compiler import GrammarCompiler
+from tympan.load import percentiles
 
 LIMIT_S = 10.0
 MAX_TOKENS = 200

@@ -26,9 +26,8 @@ import soxr
 
 from audio import SAMPLE_RATE
 from benchmarks.http_load import Answer, json_request, send, upload_request
-from benchmarks.load import make_wav
 from benchmarks.long_file import make_recording, serving
-from benchmarks.report import percentiles
+from tympan.load import make_wav, percentiles
 
 INTERVAL_S = 0.02
 IDLE_S = 1.0

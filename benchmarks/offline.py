@@ -23,10 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.make_checkpoint import write_checkpoint
-from benchmarks.report import finish, percentiles
+from benchmarks.report import finish
 from engine.client import ProcessEngineClient
 from engine.messages import AudioClip, EngineArgs, EngineRequest, SamplingParams
 from model.config import num_audio_tokens
+from tympan.load import percentiles
 from tympan.session import OFFLINE_TOKEN_BUDGET
 
 PROMPT = (

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ def describe() -> dict[str, Any]:
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": _gpu()},
         "versions": {"python": platform.python_version(), **_versions()},
     }
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """p50, p95, p99 by nearest rank, and the mean."""
-    if not values:
-        return {"mean": None, "p50": None, "p95": None, "p99": None}
-    ordered = sorted(values)
-    ranks = {f"p{p}": ordered[min(len(ordered) - 1, round(p / 100 * (len(ordered) - 1)))] for p in (50, 95, 99)}
-    return {"mean": sum(ordered) / len(ordered), **ranks}
 
 
 def finish(result: dict[str, Any], output: Path | None) -> None:

@@ -27,11 +27,12 @@ from typing import Any
 from benchmarks.cost_model import LinearCost, Roofline, find_cost_model
 from benchmarks.load_models import ClosedLoad, Load, OpenLoad
 from benchmarks.policy_study import Study, print_row
-from benchmarks.report import finish, percentiles
+from benchmarks.report import finish
 from benchmarks.simulation import Fleet, FrontCost, Limits, Router
 from benchmarks.summary import print_table, summarise
 from benchmarks.workload import Mix, fixed_mix, poisson, read_trace
 from engine.messages import EngineArgs
+from tympan.load import percentiles
 
 USERS = (1, 10, 100, 1_000, 10_000)
 REPLICAS = (1, 4, 16, 64)

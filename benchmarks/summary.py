@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import percentiles
 from benchmarks.simulation import Fleet, Flight, Gaps
+from tympan.load import percentiles
 
 COLUMNS = {
     "users": "{:>6}",

@@ -30,13 +30,21 @@ class SettingsError(Exception):
 
 
 def load_settings(
-    arguments: Sequence[str], environment: Mapping[str, str] = os.environ, *, prog: str = "python -m server"
+    arguments: Sequence[str],
+    environment: Mapping[str, str] = os.environ,
+    *,
+    prog: str = "python -m server",
+    description: str = DESCRIPTION,
 ) -> Settings:
-    """Settings from all sources. prog: the command, as its help shows it.
+    """Settings from all sources. prog and description: of the command, as its help shows them.
 
     Raises SettingsError. Exits, as argparse does, on --help and on flags that do not exist.
     """
-    given = {name: value for name, value in vars(_parser(prog).parse_args(arguments)).items() if value is not None}
+    given = {
+        name: value
+        for name, value in vars(_parser(prog, description).parse_args(arguments)).items()
+        if value is not None
+    }
     config = given.pop("config", None) or environment.get(f"{ENV_PREFIX}CONFIG")
     from_file = dict(_read_yaml(Path(config))) if config else {}
     from_environment = {
@@ -50,8 +58,8 @@ def load_settings(
         raise SettingsError(_sentence(error)) from None
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings; see configs/ for ready ones")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, field in Settings.model_fields.items():

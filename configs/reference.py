@@ -15,9 +15,9 @@ HEAD = """# Settings
 
 <!-- Made by `python -m configs.reference > docs/configuration.md`, as a test checks: change configs/settings.py. -->
 
-Every setting is a flag of `python -m server`, an environment variable, and a key of the YAML file that
-`--config FILE` or `{prefix}CONFIG` names (`max-model-len` or `max_model_len`). The command line wins over the
-environment, the environment over the file. An unknown flag or key is an error; unknown `{prefix}…` variables are
+Every setting is a flag of `tympan serve` (or `python -m server`), an environment variable, and a key of the YAML
+file that `--config FILE` or `{prefix}CONFIG` names (`max-model-len` or `max_model_len`). The command line wins over
+the environment, the environment over the file. An unknown flag or key is an error; unknown `{prefix}…` variables are
 not, since orchestrators set some. Switches are `--name` and `--no-name`, in the environment and in files `true` and
 `false`. Lists are several words on the command line, `a,b` in the environment, lists in YAML. What does not fit
 ends the server at its start with status 2 and one sentence.

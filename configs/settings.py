@@ -208,6 +208,13 @@ class Settings(BaseModel):
         "default: none",
         metavar="ORIGIN",
     )
+    allowed_hosts: Names = _setting(
+        "server",
+        (),
+        "names by which clients may call a server that has no keys and listens on this machine only, beside its "
+        "addresses and names without a dot: what a proxy passes on as Host, say",
+        metavar="NAME",
+    )
     playground: bool = _setting(
         "server", True, "serve the page for people under / and its files under /static/, which need no key"
     )
@@ -226,17 +233,10 @@ class Settings(BaseModel):
     )
     max_body_mb: float = _setting("server", 64, "largest request body, in MiB", gt=0)
     max_body_memory_mb: float = _setting(
-        "server",
-        32,
-        "memory that the bodies of all requests may take together, in MiB; audio in them is on disk instead, in "
-        "TMPDIR, but for pieces of up to 32 KiB; more are refused with 503",
-        gt=0,
+        "server", 32, "memory for the bodies of all requests together, in MiB, but for the audio in them", gt=0
     )
     max_body_disk_mb: float = _setting(
-        "server",
-        16_384,
-        "disk that the bodies and uploads of all requests may take together, in MiB; more are refused with 503",
-        gt=0,
+        "server", 16_384, "disk for that audio and for uploads, of all requests together, in MiB, in TMPDIR", gt=0
     )
     max_num_queued_reqs: int = _setting(
         "server",
@@ -341,6 +341,9 @@ class Settings(BaseModel):
     )
     max_stored_audio_mb: float = _setting(
         "audio", 256, "memory for uploaded clips, in MiB; every API key has an equal share of it", ge=0
+    )
+    max_audio_memory_mb: float = _setting(
+        "audio", 2048, "memory for the decoded audio of all requests together, in MiB; 30 s are 1.9", gt=0
     )
     stored_audio_ttl: float = _setting("audio", 3600, "seconds that an uploaded clip is kept", gt=0)
     limit_mm_per_prompt: Annotated[dict[Literal["audio"], NonNegativeInt], BeforeValidator(_parse_limits)] = (

@@ -33,6 +33,8 @@ PAGES = {
 COPIES = "files"
 """The site's folder of other files that pages link to."""
 _LINK = re.compile(r"(?<=\]\()[^)\s]+")
+_ROW = re.compile(r"^\|.*$", re.MULTILINE)
+_CODE = re.compile(r"`[^`]+`")
 _FENCE = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
 _REQUEST = re.compile(
     r"<(?:script|img|iframe|audio|video|source|embed)[^>]+src=[\"']?(?:https?:)?//[^>]*>"
@@ -54,8 +56,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn its links."""
-    return turn_links(page.file.src_uri, markdown)
+    """Turn its links, and write its tables for this Markdown."""
+    return plain_pipes(turn_links(page.file.src_uri, markdown))
 
 
 def on_post_build(config: Any) -> None:
@@ -86,6 +88,17 @@ def turn_links(uri: str, markdown: str) -> str:
     pieces = _FENCE.split(markdown)
     pieces[::2] = [_LINK.sub(lambda found: _turned(uri, found.group()), text) for text in pieces[::2]]
     return "".join(pieces)
+
+
+def plain_pipes(markdown: str) -> str:
+    """A page's text, `\\|` in the code of tables as `|`: GitHub wants the one, Python's Markdown the other."""
+    pieces = _FENCE.split(markdown)
+    pieces[::2] = [_ROW.sub(lambda row: _CODE.sub(_plain, row.group()), text) for text in pieces[::2]]
+    return "".join(pieces)
+
+
+def _plain(code: re.Match[str]) -> str:
+    return code.group().replace("\\|", "|")
 
 
 def _turned(uri: str, link: str) -> str:

@@ -1,11 +1,11 @@
-"""What a step adds to an answer, and when that ends it. Torch-free; called by the scheduler alone."""
+"""What a step adds to an answer, and when that ends it. Torch-free."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
-from engine.messages import EngineOutput, FinishReason, RequestTimes, TokenLogprobs
+from engine.messages import EngineOutput, FinishReason, RequestTimes, SequenceId, TokenLogprobs
 from engine.sequence import Sequence
 
 
@@ -26,7 +26,7 @@ def grow(sequence: Sequence, tokens: tuple[SampledToken, ...], max_model_len: in
     num_before = sequence.num_tokens
     for token in tokens:
         if token.error:
-            return fail(sequence, token.error)
+            return failed(sequence.sequence_id, token.error)
         sequence.token_ids.append(token.token_id)
         if reason := _finish_reason(sequence, token, max_model_len):
             break
@@ -50,9 +50,10 @@ def _times(sequence: Sequence) -> RequestTimes:
     return RequestTimes(sequence.queued_at, sequence.scheduled_at, sequence.encoding, time.monotonic())
 
 
-def fail(sequence: Sequence, error: str) -> EngineOutput:
-    """The last output of one that cannot go on."""
-    return EngineOutput(sequence.request_id, finish_reason=FinishReason.ERROR, error=error, index=sequence.index)
+def failed(sequence_id: SequenceId, error: str) -> EngineOutput:
+    """The last output of a choice that cannot go on, or the only one of a choice that was refused."""
+    request_id, index = sequence_id
+    return EngineOutput(request_id, finish_reason=FinishReason.ERROR, error=error, index=index)
 
 
 def is_full(sequence: Sequence, max_model_len: int) -> bool:

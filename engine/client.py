@@ -39,6 +39,7 @@ from engine.messages import (
     EngineStats,
     FinishReason,
     FromEngine,
+    LoadProgress,
     Shutdown,
     StepOutputs,
     ToEngine,
@@ -47,6 +48,9 @@ from engine.spawn import JOIN_SECONDS, end, spawn
 
 REAP_SECONDS = 1.0
 """How long its requests wait for a dead engine's exit code: nobody is the wiser for it."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with (tensors loaded, tensors in all) while an engine starts."""
 
 
 class EngineClient(Protocol):
@@ -218,11 +222,13 @@ class ProcessEngineClient(_QueueClient):
             thread.start()
 
     @classmethod
-    async def start(cls, args: EngineArgs) -> Self:
+    async def start(cls, args: EngineArgs, on_progress: OnProgress | None = None) -> Self:
         """Spawn the process and wait until it is ready. Raises EngineStartError."""
         process, ours = spawn("engine.process", "tympan-engine", args.device, args)
         try:
-            first = await asyncio.to_thread(channel.receive, ours)
+            while isinstance(first := await asyncio.to_thread(channel.receive, ours), LoadProgress):
+                if on_progress is not None:
+                    on_progress(first.done, first.total)
         except (EOFError, OSError):
             await asyncio.to_thread(end, process)
             raise EngineStartError(

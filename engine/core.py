@@ -3,54 +3,32 @@
 With overlap, one step is in flight between two calls of `step`: the next one is planned and its forward pass queued
 before the result of the one before is taken, so that the host works while the device does.
 
-Built by `EngineCore.build` from a checkpoint folder; what it measured while building is in `info`.
+Built by `EngineCore.build` from a checkpoint folder (engine/assembly.py); what was measured meanwhile is in `info`.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import time
-from pathlib import Path
 
-import torch
-
-from engine.answer import SampledToken
-from engine.block_manager import BlockManager
-from engine.cuda_graphs import graph_capture
-from engine.device import resolve_device
-from engine.encoder_cache import EncoderCache
-from engine.errors import EngineStartError, RankError, RequestError
-from engine.guidance import Guidance
-from engine.loading import LoadedRank, load_rank, start_errors
-from engine.memory import max_kept_blocks, out_of_memory_means
+from engine.answer import SampledToken, failed
+from engine.assembly import assemble
+from engine.errors import RankError, RequestError
 from engine.messages import (
     EngineArgs,
     EngineInfo,
     EngineOutput,
     EngineRequest,
     EngineStats,
-    FinishReason,
-    SamplingParams,
     SequenceId,
 )
 from engine.model_runner import ModelRunner, PendingStep, StepResult
 from engine.plan import ScheduledSequence, SchedulerOutput
-from engine.prefix_cache import PrefixCache
-from engine.prompt_lookup import PromptLookup
+from engine.request_check import check_request
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus, choice_seed
-from engine.speculation import Speculation
-from engine.workers import OnFailure, Workers
-from model.config import (
-    MAX_AUDIO_SAMPLES,
-    MAX_MEL_FRAMES,
-    GenerationConfig,
-    Qwen2AudioConfig,
-    num_audio_tokens,
-)
+from engine.workers import OnFailure
 from model.loader import Progress
-from model.parallel import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +37,6 @@ COMPILE_WAIT_SECONDS = 0.01
 
 MAX_FAILED_STEPS = 3
 """Steps in a row in which nothing at all could be computed: then the device is to blame, not a request."""
-MAX_CHOICES = 128
-"""Of one request, as OpenAI has it."""
 
 
 class EngineCore:
@@ -81,18 +57,9 @@ class EngineCore:
     def build(
         cls, args: EngineArgs, progress: Progress | None = None, on_failure: OnFailure | None = None
     ) -> EngineCore:
-        """Load the checkpoint and take the memory, on all ranks. Raises EngineStartError that says what to mend.
-
-        on_failure: what to do when another rank fails later.
-        """
-        with start_errors():
-            _check_ranks(args)
-            workers = Workers(args, on_failure)
-            try:
-                return _build(args, workers, progress)
-            except BaseException:
-                workers.kill()
-                raise
+        """Raises EngineStartError that says what to mend. See engine/assembly.py."""
+        runner, scheduler, info = assemble(args, progress, on_failure)
+        return cls(runner, scheduler, info, args.seed)
 
     def close(self) -> None:
         """End the other ranks."""
@@ -110,7 +77,9 @@ class EngineCore:
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request, all its choices. Raises RequestError when it could never run."""
-        self._check(request)
+        check_request(request, self.info)
+        if self.scheduler.knows(request.request_id) or self.runner.guidance.knows(request.request_id):
+            raise RequestError("the request id is in use")
         given = request.sampling.seed
         seed = self._seeds.getrandbits(63) if given is None else given
         choices = [Sequence(request, choice_seed(seed, index), index) for index in range(request.n)]
@@ -195,7 +164,7 @@ class EngineCore:
         wait_s = 0.0 if self.scheduler.has_work or self._in_flight else COMPILE_WAIT_SECONDS
         for sequence, error in self.runner.guidance.take_compiled(wait_s):
             if error:
-                refused.append(failed(sequence.request_id, error, sequence.index))
+                refused.append(failed(sequence.sequence_id, error))
             else:
                 self.scheduler.add(sequence)
         return refused
@@ -244,149 +213,7 @@ class EngineCore:
             failed_clips |= result.failed_clips
         return StepResult(sampled, frozenset(failed_clips))
 
-    def _check(self, request: EngineRequest) -> None:
-        """The HTTP side has checked all this; the engine does not trust it with everybody's requests."""
-        length = len(request.prompt_token_ids)
-        position = 0
-        for clip in request.clips:
-            if clip.offset < position or clip.offset + clip.num_tokens > length:
-                raise RequestError("audio placeholders lie outside the prompt or overlap")
-            if not 0 < len(clip.samples) <= MAX_AUDIO_SAMPLES or clip.num_tokens != num_audio_tokens(
-                len(clip.samples)
-            ):
-                raise RequestError("an audio clip's length does not match its placeholders")
-            position = clip.offset + clip.num_tokens
-        if not 0 < length < self.info.max_model_len:
-            raise RequestError(f"a prompt has 1 to {self.info.max_model_len - 1} tokens; this one has {length}")
-        if not all(0 <= token < self.info.vocab_size for token in request.prompt_token_ids):
-            raise RequestError("the prompt holds a token id outside the vocabulary")
-        _check_sampling(request.sampling, self.info.vocab_size)
-        if not 1 <= request.n <= MAX_CHOICES:
-            raise RequestError(f"n must be 1 to {MAX_CHOICES}")
-        if self.scheduler.knows(request.request_id) or self.runner.guidance.knows(request.request_id):
-            raise RequestError("the request id is in use")
-
 
 def _unfinished(plan: SchedulerOutput) -> list[ScheduledSequence]:
     """What is left of a plan when some of its sequences have ended."""
     return [item for item in plan.scheduled if item.sequence.status is not SequenceStatus.FINISHED]
-
-
-def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
-    """What would break a step for everybody. Raises RequestError."""
-    ids = (*params.stop_token_ids, *(token for token, _ in params.logit_bias))
-    if not all(0 <= token < vocab_size for token in ids):
-        raise RequestError("stop_token_ids or logit_bias hold a token id outside the vocabulary")
-    if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
-        raise RequestError("seed must be a 64-bit integer")
-    if params.logprobs is not None and not 0 <= params.logprobs <= vocab_size:
-        raise RequestError(f"logprobs must be 0 to {vocab_size}")
-    if params.max_tokens < 1:
-        raise RequestError("max_tokens must be at least 1")
-
-
-def failed(request_id: str, reason: str, index: int = 0) -> EngineOutput:
-    """The only and last output of a request, or of one of its choices, that the engine refuses."""
-    return EngineOutput(request_id, index=index, finish_reason=FinishReason.ERROR, error=reason)
-
-
-def _build(args: EngineArgs, workers: Workers, progress: Progress | None) -> EngineCore:
-    started = time.monotonic()
-    folder = Path(args.model_folder)
-    config = Qwen2AudioConfig.from_folder(folder)
-    overlaps = _overlaps(args, resolve_device(args.device, workers.shard))
-    loaded = load_rank(args, workers.shard, progress)
-    model = loaded.model
-    workers.join(model.device)
-    num_blocks = loaded.num_kv_blocks(args)
-    guidance = Guidance(
-        folder / "tokenizer.json", config.text.vocab_size, GenerationConfig.from_folder(folder).eos_token_ids
-    )
-    runner, graphs = _runner(args, loaded, num_blocks, guidance, workers)
-    workers.wait_ready()
-    info = EngineInfo(
-        max_model_len=loaded.max_model_len,
-        vocab_size=config.text.vocab_size,
-        device=_device_name(model.device, workers.shard),
-        dtype=str(model.dtype).removeprefix("torch."),
-        dtype_reason=loaded.dtype_reason,
-        attention_backend=model.backend.name,
-        attention_reason=loaded.attention_reason,
-        num_blocks=num_blocks,
-        block_size=loaded.block_size,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=loaded.max_num_batched_tokens,
-        max_num_batched_tokens_reason=loaded.max_num_batched_tokens_reason,
-        async_scheduling=overlaps,
-        cuda_graphs=graphs,
-        kv_cache_dtype=str(model.kv_cache_dtype).removeprefix("torch."),
-        load_seconds=time.monotonic() - started,
-    )
-    kept = max_kept_blocks(args, model, loaded.block_size, loaded.max_model_len)
-    return EngineCore(runner, _scheduler(args, config, info, model.dtype, kept), info, args.seed)
-
-
-def _runner(
-    args: EngineArgs, loaded: LoadedRank, num_blocks: int, guidance: Guidance, workers: Workers
-) -> tuple[ModelRunner, str]:
-    """-> (the runner, what to tell of its CUDA graphs)."""
-    model = loaded.model
-    capture, reason = graph_capture(model, args.enforce_eager)
-    with out_of_memory_means("for the KV cache: lower --gpu-memory-utilization or --kv-cache-memory-bytes"):
-        runner = ModelRunner(model, num_blocks, loaded.block_size, args.max_num_seqs, guidance, workers)
-        if capture is None:
-            return runner, f"off ({reason})" if model.device.type == "cuda" else ""
-        return runner, runner.capture_graphs(capture, args.max_num_seqs, loaded.max_model_len)
-
-
-def _scheduler(
-    args: EngineArgs, config: Qwen2AudioConfig, info: EngineInfo, dtype: torch.dtype, max_kept: int | None
-) -> Scheduler:
-    row_bytes = config.text.hidden_size * dtype.itemsize
-    clip_bytes = num_audio_tokens(MAX_AUDIO_SAMPLES) * row_bytes
-    prefix_cache = PrefixCache(info.block_size) if args.enable_prefix_caching else None
-    return Scheduler(
-        BlockManager(info.num_blocks, info.block_size, prefix_cache, max_kept),
-        EncoderCache(max(args.encoder_cache_bytes, clip_bytes), row_bytes),
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=info.max_num_batched_tokens,
-        max_encoder_frames=max(args.max_encoder_frames, MAX_MEL_FRAMES),
-        max_model_len=info.max_model_len,
-        frame_cost=config.frame_cost,
-        speculation=_speculation(args, info.max_model_len),
-        long_prefill_token_threshold=args.long_prefill_token_threshold,
-    )
-
-
-def _overlaps(args: EngineArgs, device: torch.device) -> bool:
-    """Drafts are made from the tokens of the step before, so that one has to be through."""
-    if args.num_speculative_tokens and args.async_scheduling:
-        raise EngineStartError(
-            "--async-scheduling and --num-speculative-tokens exclude each other: drafts need the tokens before them"
-        )
-    if args.async_scheduling is None:
-        return device.type == "cuda" and not args.num_speculative_tokens
-    return args.async_scheduling
-
-
-def _check_ranks(args: EngineArgs) -> None:
-    """What can be known before processes are started. Raises EngineStartError and ConfigError."""
-    shard = Shard(size=args.tensor_parallel_size)
-    shard.share(Qwen2AudioConfig.from_folder(Path(args.model_folder)).text)
-    resolve_device(args.device, shard)
-
-
-def _device_name(device: torch.device, shard: Shard) -> str:
-    name = f"cpu ({torch.get_num_threads()} threads)"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return name if shard.size == 1 else f"{shard.size} x {name}"
-
-
-def _speculation(args: EngineArgs, max_model_len: int) -> Speculation:
-    if args.prompt_lookup_min > args.prompt_lookup_max:
-        raise EngineStartError(
-            f"--prompt-lookup-min {args.prompt_lookup_min} is above --prompt-lookup-max {args.prompt_lookup_max}"
-        )
-    lookup = PromptLookup(args.prompt_lookup_min, args.prompt_lookup_max)
-    return Speculation(lookup, args.num_speculative_tokens, max_model_len)

@@ -27,6 +27,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from engine.answer import SampledToken
+from engine.log_lines import log_bug
 from engine.messages import SequenceId
 from engine.sample_row import SampleRow
 from engine.sequence import Sequence
@@ -105,7 +106,7 @@ class Guidance:
     def _take_one(self, request_id: str) -> list[tuple[Sequence, str | None]]:
         sequences, future = self._compiling.pop(request_id)
         if error := future.exception():
-            logger.error("a grammar could not be compiled", exc_info=error)
+            log_bug(logger, "a grammar could not be compiled", error)
         if error or future.result().matcher.is_error():
             return [(sequence, NOT_COMPILED) for sequence in sequences]
         matched = future.result()

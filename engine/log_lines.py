@@ -10,6 +10,7 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +38,15 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+def log_bug(logger: logging.Logger, what: str, error: BaseException) -> None:
+    """A failure that should not be: where, of what kind. Its words may hold what somebody sent: at `debug` only."""
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.error(what, exc_info=error)
+        return
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s: %s\n%s", what, type(error).__name__, frames.rstrip())
 
 
 def log_all(process: str, level: str = "info", *, as_json: bool = False) -> None:

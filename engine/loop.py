@@ -6,7 +6,8 @@ import logging
 import queue
 from collections.abc import Callable
 
-from engine.core import EngineCore, failed
+from engine.answer import failed
+from engine.core import EngineCore
 from engine.errors import RequestError
 from engine.messages import AbortRequest, EngineOutput, EngineRequest, FromEngine, Shutdown, StepOutputs, ToEngine
 
@@ -40,7 +41,7 @@ def _add(core: EngineCore, request: EngineRequest) -> list[EngineOutput]:
     try:
         core.add_request(request)
     except RequestError as error:
-        return [failed(request.request_id, str(error))]
+        return [failed((request.request_id, 0), str(error))]
     return []
 
 

@@ -98,7 +98,7 @@ def num_kv_blocks(args: EngineArgs, model: Qwen2Audio, block_size: int, max_mode
     if num_blocks < per_sequence:
         raise EngineStartError(
             f"the KV cache holds {max(0, num_blocks) * block_size} tokens, --max-model-len is {max_model_len}: "
-            f"lower that, or give the cache more by --kv-cache-memory-bytes or --gpu-memory-utilization{where}"
+            f"lower that, or give the cache {per_sequence * block_bytes} bytes by --kv-cache-memory-bytes{where}"
         )
     return num_blocks + 1
 
@@ -111,7 +111,8 @@ def _budget(args: EngineArgs, model: Qwen2Audio, block_size: int, max_model_len:
         return CPU_KV_BYTES // model.shard.size, ""
     use = measure(args, model, block_size, max_model_len)
     return use.left(args.gpu_memory_utilization), (
-        f"; or lower --max-num-batched-tokens or --max-num-seqs, or set --enforce-eager: {use}"
+        " or more by --gpu-memory-utilization; or lower --max-num-batched-tokens or --max-num-seqs, "
+        f"or set --enforce-eager: {use}"
     )
 
 

@@ -225,12 +225,40 @@ class EngineFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """Engine to client, while it starts: so many of the tensors are loaded."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReport:
+    """One GPU; memory in bytes."""
+
+    name: str
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """The answer of engine/probe.py."""
+
+    torch: str
+    cuda: str
+    """The version that torch was built for; empty for a build that knows no GPU."""
+    cpu: str
+    gpus: tuple[GpuReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RankReady:
     """A rank to rank 0, twice: its weights are loaded; it serves."""
 
 
 ToEngine = EngineRequest | AbortRequest | Shutdown
-FromEngine = EngineInfo | StepOutputs | EngineFailed
+FromEngine = LoadProgress | EngineInfo | StepOutputs | EngineFailed
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,13 +26,16 @@ from engine.device import resolve_device
 from engine.errors import EngineStartError, RankError
 from engine.log_lines import log_all
 from engine.loop import Inbox, run_loop
-from engine.messages import EngineArgs, EngineFailed, FromEngine, Shutdown
+from engine.messages import EngineArgs, EngineFailed, FromEngine, LoadProgress, Shutdown
 
 CPU_NICENESS = 5
 """On a CPU the engine would take all there is: the HTTP process, which needs little, goes first."""
 
 GIVE_UP_SECONDS = 2.0
 """How long a message that is just being written may keep the last one from being sent."""
+
+REPORT_SECONDS = 0.05
+"""Between two messages about the progress of loading."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +47,11 @@ def main(args: EngineArgs, connection: Connection) -> None:
     try:
         if resolve_device(args.device).type == "cpu":
             _lower_priority()
-        core = EngineCore.build(args, progress=_report, on_failure=outbox.give_up)
+        core = EngineCore.build(args, progress=outbox.report, on_failure=outbox.give_up)
     except EngineStartError as error:
         outbox.give_up(str(error))
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)  # the parent has gone meanwhile
     settle_memory()
     inbox: Inbox = Inbox()
     try:
@@ -69,11 +75,20 @@ class _Outbox:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
+        self._reported = 0.0
+        """When progress was last told."""
 
     def send(self, message: FromEngine) -> None:
         """Raises OSError when the parent is gone."""
         with self._lock:
             channel.send(self._connection, message)
+
+    def report(self, done: int, total: int) -> None:
+        """How far loading is, now and then, and its end. Raises OSError when the parent is gone."""
+        now = time.monotonic()
+        if done == total or now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            self.send(LoadProgress(done, total))
 
     def give_up(self, reason: str) -> NoReturn:
         """From any thread: say why, and end the process with all that it has started."""
@@ -120,11 +135,3 @@ def _read(connection: Connection, inbox: Inbox) -> None:
             inbox.put(channel.receive(connection))
     except (EOFError, OSError):
         inbox.put(Shutdown())
-
-
-def _report(done: int, total: int) -> None:
-    """Progress of loading, on one line of a terminal; a log gets the last only."""
-    if sys.stderr.isatty():
-        print(f"\rloading weights {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)  # noqa: T201
-    elif done == total:
-        logger.info("loaded %d tensors", total)

@@ -154,7 +154,7 @@ def _apply_masks(logits: Tensor, masks: TokenMasks) -> None:
 def _barred_bits(device: torch.device) -> Tensor:
     """Eight bools, as one integer, for each byte of a mask: the bits that are not set. -> int64 [256]."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    return torch.from_numpy(1 - bits).view(torch.int64)[:, 0].to(device)
+    return to_device((1 - bits).view(np.int64)[:, 0].copy(), device)
 
 
 def _logprobs(raw: Tensor, token_ids: Tensor, asking: RowGroup) -> tuple[Tensor, Tensor, Tensor]:

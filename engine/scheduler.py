@@ -1,4 +1,5 @@
-"""Continuous batching: what each step computes. Torch-free; the only owner of a sequence's status and counters.
+"""Continuous batching: what each step computes. Torch-free; the only owner of a sequence's counters, and with its
+queue (sequence_queue) of its status.
 
 Every step has one budget of tokens. Running sequences that lack one token (decoding) are served first, then
 running sequences that lack more (a prompt in chunks), then waiting ones in order of rank: priority, arrival, choice.
@@ -25,16 +26,16 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 from __future__ import annotations
 
 import time
-from bisect import insort
 from dataclasses import replace
 
-from engine.answer import SampledToken, fail, grow, is_full
+from engine.answer import SampledToken, failed, grow, is_full
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
 from engine.long_lane import LongLane
 from engine.messages import EngineOutput, EngineStats, FinishReason, SequenceId
 from engine.plan import PlanInProgress, ScheduledSequence, SchedulerOutput
 from engine.sequence import Sequence, SequenceStatus
+from engine.sequence_queue import SequenceQueue, runs
 from engine.speculation import NO_SPECULATION, Speculation
 from engine.step_sizes import StepSizes
 from model.config import num_mel_frames
@@ -68,13 +69,10 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.frame_cost = frame_cost
         self.speculation = speculation
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self._queue = SequenceQueue()
+        self.waiting, self.running = self._queue.waiting, self._queue.running
         """Both in order of rank."""
         self._lane = LongLane(long_prefill_token_threshold, max_num_seqs, blocks, self.running, self.waiting)
-        self._choices: dict[str, list[Sequence]] = {}
-        """By request id: the choices that have not ended."""
-        self._num_arrivals = 0
         self._num_preemptions = 0
         self._step_sizes = StepSizes()
         self._num_looked_up = 0
@@ -108,25 +106,18 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. A request's choices come one right after the other; its id must not be in use."""
-        choices = self._choices.setdefault(sequence.request_id, [])
-        assert all(choice.request is sequence.request for choice in choices), "request ids are unique"
-        assert all(choice.index < sequence.index for choice in choices), "choices come in order"
-        if not choices:
-            self._num_arrivals += 1
-        sequence.arrival = self._num_arrivals
-        choices.append(sequence)
-        insort(self.waiting, sequence, key=_rank)
+        self._queue.add(sequence)
 
     def knows(self, request_id: str) -> bool:
         """Whether a request of this id is waiting or running."""
-        return request_id in self._choices
+        return self._queue.knows(request_id)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceId]:
         """Forget a request, or one of its choices, between two steps. -> what was forgotten.
 
         Unknown ids are fine: it may just have ended.
         """
-        choices = self._choices.get(request_id, [])
+        choices = self._queue.choices_of(request_id)
         ended = [choice for choice in reversed(choices) if index is None or choice.index == index]
         for sequence in ended:
             self._finish(sequence)
@@ -145,7 +136,7 @@ class Scheduler:
         )
         self._lane.begin(step.scheduled, ending)
         for sequence in decoding + prefilling:
-            if sequence.status is SequenceStatus.RUNNING:  # it may have been preempted for one before it
+            if runs(sequence):  # it may have been preempted for one before it
                 self._schedule_running(sequence, step)
         self._admit_waiting(step)
         if self.speculation.num_tokens:
@@ -168,7 +159,7 @@ class Scheduler:
         is_assumed, self._assumed = plan is self._assumed, None
         outputs = []
         for sequence in self._readers(failed_clips, with_choices=is_assumed):
-            outputs.append(fail(sequence, "the model could not encode this audio"))
+            outputs.append(failed(sequence.sequence_id, "the model could not encode this audio"))
             self._finish(sequence)
         for item in plan.scheduled:
             sequence = item.sequence
@@ -208,9 +199,7 @@ class Scheduler:
         line = [*self.running, *self.waiting]
         self.blocks.check_integrity(line)
         self.encoder_cache.check_integrity({sequence.sequence_id for sequence in self.running})
-        assert {choice for choices in self._choices.values() for choice in choices} == set(line)
-        assert sum(map(len, self._choices.values())) == len(line)
-        assert all(self._choices.values()), "an ended request is remembered"
+        self._queue.check_integrity()
         assert not any(sequence.block_table for sequence in self.waiting), "a sequence that waits holds blocks"
 
     def _assume(self, plan: SchedulerOutput) -> None:
@@ -218,7 +207,7 @@ class Scheduler:
         self._assumed = plan
         for item in plan.scheduled:
             assert not item.draft_token_ids, "how many drafts stand is known only from the result"
-            if _runs(item.sequence):
+            if runs(item.sequence):
                 item.sequence.num_computed_tokens += item.num_tokens
             if item.sequence.status is not SequenceStatus.FINISHED:
                 item.sequence.num_pending_tokens = int(item.samples)
@@ -253,7 +242,7 @@ class Scheduler:
             if sequence.request_id == computing or self._lane.is_closed_to(sequence):
                 place += 1
                 continue
-            running = [choice for choice in self._choices[sequence.request_id] if _runs(choice)]
+            running = [choice for choice in self._queue.choices_of(sequence.request_id) if runs(choice)]
             donor = next((choice for choice in running if _has_prompt(choice, step)), None)
             if running and donor is None:
                 computing = sequence.request_id
@@ -277,9 +266,7 @@ class Scheduler:
             self._num_found += num_found
             if sequence.index == 0 and not sequence.num_output_tokens:  # the others find what it has computed
                 sequence.num_cached_tokens = num_found
-        self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_rank)
-        sequence.status = SequenceStatus.RUNNING
+        self._queue.start(sequence)
         sequence.scheduled_at = sequence.scheduled_at or time.monotonic()
         num_shared = len(sequence.block_table)
         self.blocks.allocate(
@@ -354,10 +341,8 @@ class Scheduler:
         """Send a running sequence back to its place in the queue; it will be computed again."""
         if item := step.scheduled.pop(sequence.sequence_id, None):
             step.tokens_left += item.num_tokens
-        self.running.remove(sequence)
         self._reset(sequence)
-        sequence.status = SequenceStatus.WAITING
-        insort(self.waiting, sequence, key=_rank)
+        self._queue.send_back(sequence)
         self._num_preemptions += 1
 
     def _reset(self, sequence: Sequence) -> None:
@@ -367,22 +352,9 @@ class Scheduler:
         sequence.num_computed_tokens = 0
 
     def _finish(self, sequence: Sequence) -> None:
-        (self.running if _runs(sequence) else self.waiting).remove(sequence)
         self._reset(sequence)
-        sequence.status = SequenceStatus.FINISHED
+        self._queue.remove(sequence)
         self.speculation.release(sequence)
-        choices = self._choices[sequence.request_id]
-        choices.remove(sequence)
-        if not choices:
-            del self._choices[sequence.request_id]
-
-
-def _rank(sequence: Sequence) -> tuple[int, int, int]:
-    return sequence.rank
-
-
-def _runs(sequence: Sequence) -> bool:
-    return sequence.status is SequenceStatus.RUNNING
 
 
 def _has_prompt(sequence: Sequence, step: PlanInProgress) -> bool:

@@ -1,10 +1,10 @@
 """One choice of a request inside the engine: the scheduler's mutable state. Torch-free.
 
-Only the scheduler changes a sequence, and only the block manager with its prefix cache what is about blocks;
-everybody else reads. There is no phase: a sequence has tokens, and `num_computed_tokens` of them are in the cache. A
-step computes some of the rest; when none is left but the newest, that is what others call decoding. The choices of a
-request are sequences of their own with the same prompt; where they share blocks of the cache is the scheduler's
-business.
+Only the scheduler with its queue changes a sequence, and only the block manager with its prefix cache what is about
+blocks; everybody else reads. There is no phase: a sequence has tokens, and `num_computed_tokens` of them are in the
+cache. A step computes some of the rest; when none is left but the newest, that is what others call decoding. The
+choices of a request are sequences of their own with the same prompt; where they share blocks of the cache is the
+scheduler's business.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine.messages import AudioClip, EngineRequest, SamplingParams, SequenceId
 
 
 class SequenceStatus(Enum):
-    """Where the scheduler keeps it."""
+    """Where the queue keeps it."""
 
     WAITING = auto()
     RUNNING = auto()
@@ -34,7 +34,7 @@ class Sequence:
     index: int = 0
     """Which of the request's choices."""
     arrival: int = 0
-    """Number of its request in order of arrival, given by the scheduler."""
+    """Number of its request in order of arrival, given by the queue."""
     token_ids: list[int] = field(init=False)
     """Prompt, then output."""
     num_computed_tokens: int = 0

@@ -17,7 +17,7 @@ from model.attention.base import AttentionBackend
 from model.config import GenerationConfig, Qwen2AudioConfig
 from model.kv_scales import set_kv_scales
 from model.loader import Progress
-from model.qwen2_audio import Qwen2Audio
+from model.qwen2_audio import Qwen2Audio, unfilled
 
 SEED = 0
 STANDARD_DEVIATION = 0.02
@@ -39,10 +39,8 @@ def load_dummy(
 ) -> Qwen2Audio:
     """A model as `model.loader.load_model` gives it, but for the values of its weights."""
     logger.warning("the weights are random (--load-format dummy): answers mean nothing")
-    with torch.device("meta"):
-        model = Qwen2Audio(config, backend)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    if config.text.tie_word_embeddings:  # leaving the meta device gave each module a parameter of its own
+    model = unfilled(config, backend, dtype, device)
+    if config.text.tie_word_embeddings:
         model.lm_head.weight = model.decoder.embed_tokens.weight
     generator = torch.Generator(device).manual_seed(SEED)
     parameters = dict(model.named_parameters())

@@ -28,7 +28,7 @@ from model.quantization.int4_linear import Int4Weight
 from model.quantization.packing import GroupedWeight
 from model.quantization.stored import StoredWeights
 from model.quantization.stored import kv_scales as stored_kv_scales
-from model.qwen2_audio import Qwen2Audio
+from model.qwen2_audio import Qwen2Audio, unfilled
 from model.weight_files import check_content, open_weights, tensor_files
 
 LM_HEAD = "language_model.lm_head.weight"
@@ -84,7 +84,8 @@ def load_model(
     files = tensor_files(folder)
     stored = StoredWeights(set(files), config.quantization)
     if shard.size > 1 and (config.quantization or stored.kv_scale_names):
-        raise ConfigError("a checkpoint that is quantised, or has scales of its keys and values, loads on one rank")
+        what = f"is quantised by {config.quantization.method}" if config.quantization else "has scales of a KV cache"
+        raise ConfigError(f"--tensor-parallel-size {shard.size}: this checkpoint {what}, and loads on one rank only")
     table = name_table(config)
     has_head = bool(stored.expected([LM_HEAD]) & set(files))
     if config.text.tie_word_embeddings and not has_head:
@@ -119,12 +120,8 @@ def _unfilled(
     has_head: bool,
 ) -> Qwen2Audio:
     """has_head: a checkpoint that holds its own lm_head is right, whatever its config says of tying."""
-    with torch.device("meta"):
-        model = Qwen2Audio(config, backend, shard)
-    if has_head:
-        model.lm_head.weight = torch.nn.Parameter(torch.empty(model.lm_head.weight.shape, device="meta"))
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    if not has_head:  # leaving the meta device gave each module a parameter of its own
+    model = unfilled(config, backend, dtype, device, shard)
+    if not has_head:  # each module has a parameter of its own
         model.lm_head.weight = model.decoder.embed_tokens.weight
     for layer in model.audio_tower.layers if shard.rank == 0 else ():
         layer.qkv_proj.bias.zero_()  # k has no bias: its rows stay zero

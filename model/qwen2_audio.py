@@ -94,3 +94,20 @@ class Qwen2Audio(nn.Module):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [B, C] -> float32 [B, V]; on ranks other than 0 their own columns."""
         return self.shard.gather_columns(self.lm_head(hidden)).float()
+
+
+def unfilled(
+    config: Qwen2AudioConfig,
+    backend: AttentionBackend,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = WHOLE,
+) -> Qwen2Audio:
+    """A model for inference with memory for its parameters, and in it whatever there was. Nothing is tied."""
+    with torch.device("meta"):
+        model = Qwen2Audio(config, backend, shard).eval()
+    for module in model.modules():  # not `to_empty`: of the meta device's tensors it asks what takes sympy to answer
+        for name, parameter in module.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+            module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
+    return model

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import logging
 import signal
 import socket
@@ -30,10 +29,13 @@ from server.access.key_file import KeysError
 from server.app import api_keys, create_app
 from server.heap import give_large_blocks_back
 from server.http.connection import server_config
+from server.http.cross_site import is_loopback
 from server.lifecycle import LAST_WORDS_SECONDS, DrainPolicy, serve_until_end
+from server.listener import ListenError, listen
 from server.observe.logs import configure_logging
 from server.observe.metrics_server import metrics_served
 from server.observe.observers import TracingError, check_tracing
+from server.start_progress import StartProgress
 from server.summary import startup_summary
 
 BUNDLED_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tympan-tiny"
@@ -66,28 +68,32 @@ def run(settings: Settings) -> int:
         return _fail(str(error), EXIT_USAGE)
     configure_logging(settings.log_level, as_json=settings.log_json)
     give_large_blocks_back()
-    if not is_closed and not _is_loopback(settings.host):
+    if not is_closed and not is_loopback(settings.host):
         logger.warning("open to all who reach %s: set --api-key or --api-key-file", settings.host)
     signal.signal(signal.SIGTERM, _stop_loading)  # until the server has its own handlers
     try:
         return asyncio.run(_run(settings))
     except (EngineStartError, ModelError) as error:
         return _fail(f"the server cannot start: {error}", EXIT_FAILED)
-    except OSError as error:
-        return _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", EXIT_FAILED)
+    except ListenError as error:
+        return _fail(str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return EXIT_SIGNAL + signal.SIGINT
 
 
 async def _run(settings: Settings) -> int:
-    listener = _listen(settings.host, settings.port)  # before minutes go into loading
+    listener = listen(settings.host, settings.port)  # before minutes go into loading
+    for_metrics = None
+    if settings.metrics_port is not None:
+        for_metrics = listen(settings.metrics_host, settings.metrics_port, "--metrics-port")
     checkpoint = find_checkpoint(settings)
-    engine = await SupervisedEngineClient.launch(
-        partial(ProcessEngineClient.start, _engine_args(settings, checkpoint)),
-        RestartPolicy(settings.engine_restarts, settings.engine_hang_timeout),
-    )
+    with StartProgress(as_json=settings.log_json) as progress:
+        engine = await SupervisedEngineClient.launch(
+            partial(ProcessEngineClient.start, engine_args(settings, checkpoint), progress),
+            RestartPolicy(settings.engine_restarts, settings.engine_hang_timeout),
+        )
     try:
-        return await _serve(settings, engine, checkpoint, listener)
+        return await _serve(settings, engine, checkpoint, listener, for_metrics)
     finally:
         await engine.close()
 
@@ -98,7 +104,8 @@ async def start_engine(settings: Settings) -> tuple[ProcessEngineClient, Path]:
     Raises ModelError and EngineStartError.
     """
     checkpoint = find_checkpoint(settings)
-    return await ProcessEngineClient.start(_engine_args(settings, checkpoint)), checkpoint
+    with StartProgress() as progress:
+        return await ProcessEngineClient.start(engine_args(settings, checkpoint), progress), checkpoint
 
 
 def find_checkpoint(settings: Settings) -> Path:
@@ -111,22 +118,30 @@ def find_checkpoint(settings: Settings) -> Path:
     )
 
 
-async def _serve(settings: Settings, engine: EngineClient, checkpoint: Path, listener: socket.socket) -> int:
+async def _serve(
+    settings: Settings,
+    engine: EngineClient,
+    checkpoint: Path,
+    listener: socket.socket,
+    for_metrics: socket.socket | None,
+) -> int:
     app = create_app(settings, engine, checkpoint)
     gc.collect()
     gc.freeze()  # what lives as long as the server: each full collection would walk it again, for 70 ms
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     listener.listen()  # who reads the address may use it at once
-    print(startup_summary(engine.info, app.state.serving.model_names[0], address), flush=True)  # noqa: T201
+    name, has_keys = app.state.serving.model_names[0], len(api_keys(settings)) > 0
+    print(startup_summary(engine.info, name, address, has_keys=has_keys), flush=True)  # noqa: T201
     config = server_config(app, timeout_graceful_shutdown=LAST_WORDS_SECONDS)
     policy = DrainPolicy(settings.drain_grace, settings.shutdown_timeout)
-    async with metrics_served(app.state.metrics, settings.metrics_host, settings.metrics_port):
+    async with metrics_served(app.state.metrics, for_metrics, server_config):
         cause = await serve_until_end(app, engine, config, listener, policy)
     return _fail(f"the engine has died: {cause}", EXIT_FAILED) if cause else 0
 
 
-def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
+def engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
+    """What the settings say of the engine that runs `checkpoint`."""
     return EngineArgs(
         model_folder=str(checkpoint),
         load_format=settings.load_format,
@@ -153,23 +168,6 @@ def _engine_args(settings: Settings, checkpoint: Path) -> EngineArgs:
         seed=settings.seed,
         log_json=settings.log_json,
     )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind, and no more. The protocol is named: else asyncio leaves Nagle's algorithm on for what is accepted."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    listener.set_inheritable(True)
-    return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _stop_loading(sig: int, _: FrameType | None) -> NoReturn:

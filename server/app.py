@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from configs.settings import Settings
 from engine.client import EngineClient
 from engine.supervisor import SupervisedEngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
-from model.errors import ConfigError
 from server.access.admission import PromptQueue, Traffic
 from server.access.auth import ApiKeys
 from server.access.held_bytes import Budget
@@ -38,6 +37,7 @@ from server.api.routes import allowed_methods, route_of, router
 from server.errors import to_api_error
 from server.generation.serving import Serving
 from server.http.cors import Cors
+from server.http.cross_site import CrossSiteGuard, is_loopback
 from server.http.middleware import RequestScope
 from server.media.loader import MediaLoader
 from server.media.store import AudioStore
@@ -48,6 +48,7 @@ from server.observe.request_record import RequestObserver
 from server.playground import Playground
 from server.prompt.builder import PromptBuilder
 from server.prompt.chat_template import ChatTemplate
+from server.prompt.consistency import check_tokenizer
 from server.prompt.tokenizer import Tokenizer
 from server.structured.compiler import GrammarCompiler
 from server.transcription.recipe import Recipe
@@ -96,8 +97,28 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
     playground = Playground(is_on=settings.playground)
     app.router.routes.extend(playground.routes)
     app.add_exception_handler(HTTPException, _refuse)
+    _add_layers(app, settings, keys, quotas, observers, playground)
+    return app
+
+
+def _add_layers(
+    app: FastAPI,
+    settings: Settings,
+    keys: ApiKeys,
+    quotas: Quotas,
+    observers: Sequence[RequestObserver],
+    playground: Playground,
+) -> None:
+    """What stands round the routes, the innermost first."""
     if quotas.has_limits:
         app.add_middleware(QuotaScope, quotas=quotas)
+    app.add_middleware(
+        CrossSiteGuard,
+        has_keys=lambda: len(keys) > 0,
+        is_local=is_loopback(settings.host),
+        hosts=settings.allowed_hosts,
+        origins=settings.allowed_origins,
+    )
     app.add_middleware(
         RequestScope,
         keys=keys,
@@ -105,11 +126,10 @@ def create_app(settings: Settings, engine: EngineClient, checkpoint: Path) -> Fa
         route_of=lambda scope: playground.route_of(scope["path"]) or route_of(scope),
         is_open=playground.is_open,
         observers=observers,
-        meter=metrics,
+        meter=app.state.metrics,
     )
     if settings.allowed_origins:
         app.add_middleware(Cors, origins=settings.allowed_origins)
-    return app
 
 
 def api_keys(settings: Settings) -> ApiKeys:
@@ -122,21 +142,21 @@ def _traffic(settings: Settings, engine: EngineClient) -> Traffic:
         engine.info.max_num_seqs + settings.max_num_queued_reqs,
         Budget(settings.max_body_memory_mb * MIB),
         Budget(settings.max_body_disk_mb * MIB),
+        Budget(settings.max_audio_memory_mb * MIB),
     )
 
 
 def _serving(settings: Settings, engine: EngineClient, checkpoint: Path, media: MediaLoader) -> Serving:
     tokenizer = Tokenizer.from_folder(checkpoint)
-    audio_token_id = Qwen2AudioConfig.from_folder(checkpoint).audio_token_id
-    if audio_token_id not in tokenizer.special_ids:
-        raise ConfigError(f"config.json: audio_token_index {audio_token_id} is no special token of tokenizer.json")
+    template = ChatTemplate.from_folder(checkpoint)
+    check_tokenizer(tokenizer, template, checkpoint)
     return Serving(
         model_names=settings.served_model_name or (settings.model or checkpoint.name,),
         engine=engine,
         prompts=PromptBuilder(
             tokenizer=tokenizer,
-            template=ChatTemplate.from_folder(checkpoint),
-            audio_token_id=audio_token_id,
+            template=template,
+            audio_token_id=Qwen2AudioConfig.from_folder(checkpoint).audio_token_id,
             max_model_len=engine.info.max_model_len,
         ),
         media=media,

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.attention import AttentionMetadata, EncoderMetadata
-from model.attention.reference import rotate
+from model.attention.reference import quantise_kv, rotate
+from model.fp8 import movable
 
 SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
 
@@ -117,7 +118,7 @@ class DeviceBackend:
     name = "device"
     block_sizes = (16,)
     supports_graphs = True
-    supports_fp8_kv = False
+    supports_fp8_kv = True
 
     def kv_cache_dtype(self, weights: torch.dtype, device: torch.device) -> torch.dtype:
         return weights
@@ -132,14 +133,14 @@ class DeviceBackend:
         kv_scales: Tensor | None = None,
     ) -> Tensor:
         """Each token looks at all places of its sequence's blocks; those past its own are masked."""
-        assert kv_scales is None
         query, key, value = rotate(heads, cos, sin, kv_layer.shape[3])
-        slots = kv_layer.flatten(1, 2)
+        stored = (key, value) if kv_scales is None else quantise_kv(key, value, kv_scales)
+        slots = movable(kv_layer.flatten(1, 2))
         places = metadata.slot_mapping.long()
         skipped = (places < 0)[:, None, None]
-        for cache, new in zip(slots, (key, value), strict=True):
+        for cache, new in zip(slots, stored, strict=True):
             at = places.clamp(min=0)
-            cache.index_copy_(0, at, torch.where(skipped, cache.index_select(0, at), new))
+            cache.index_copy_(0, at, torch.where(skipped, cache.index_select(0, at), movable(new)))
         rows = torch.arange(query.shape[0], dtype=torch.int32)
         sequence = torch.searchsorted(metadata.query_starts[1:].contiguous(), rows, right=True)
         ends = metadata.query_starts.index_select(0, sequence + 1)
@@ -147,8 +148,11 @@ class DeviceBackend:
         table = metadata.block_table.index_select(0, sequence)
         num_places = table.shape[1] * kv_layer.shape[2]
         keys, values = (
-            layer.index_select(0, table.flatten()).view(-1, num_places, *kv_layer.shape[3:]) for layer in kv_layer
+            layer.index_select(0, table.flatten()).view(kv_layer.dtype).view(-1, num_places, *kv_layer.shape[3:])
+            for layer in movable(kv_layer)
         )
+        if kv_scales is not None:
+            keys, values = (x.float() * scales[:, None] for x, scales in zip((keys, values), kv_scales, strict=True))
         group = query.shape[1] // keys.shape[2]
         keys, values = (x.repeat_interleave(group, dim=2) for x in (keys, values))
         hidden = torch.arange(num_places) >= visible[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -60,15 +61,19 @@ TORCH_FREE_ENGINE = {
     "engine.plan",
     "engine.prefix_cache",
     "engine.prompt_lookup",
+    "engine.request_check",
     "engine.sample_row",
     "engine.scheduler",
     "engine.sequence",
+    "engine.sequence_queue",
     "engine.spawn",
     "engine.speculation",
     "engine.step_sizes",
     "engine.supervisor",
 }
 MAX_MODULE_LINES = 400
+MAX_READING_LINES = 2500
+"""Of the files that docs/architecture.md names for understanding it all."""
 MAX_FUNCTION_LINES = 50
 
 
@@ -214,3 +219,20 @@ def test_packages_are_listed_for_installation() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES.values()}
     assert folders == set(settings["tool"]["setuptools"]["packages"])
+
+
+def test_the_reading_order_is_there_and_short() -> None:
+    """docs/architecture.md tells about how long each file is; all together are read in an afternoon."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+\.py)` \| (\d+) \|", text, re.MULTILINE)
+    assert len(rows) >= 10
+    lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name, _ in rows}
+    assert sum(lengths.values()) <= MAX_READING_LINES
+    for name, told in rows:
+        assert abs(int(told) - lengths[name]) <= 10 + lengths[name] // 10, f"{name} has {lengths[name]} lines"
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:server|engine|model|audio|configs|tests|tympan)/[\w/.]+)`", text):
+        assert (ROOT / name).exists(), name

@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of two narrow layers and loads to match")
     parser.add_argument("--fresh", action="store_true", help="do not go on with what FILE has")
+    parser.add_argument("--plan", action="store_true", help="say what it will take, and do nothing")
     return parser.parse_args(arguments)
 
 
@@ -60,6 +61,9 @@ def main() -> int:
     facts["command"] = f"python -m benchmarks.gpu {' '.join(args.parts)}"
     if args.device == "cuda" and not facts["hardware"]["gpu"]:
         sys.exit("torch sees no CUDA device here; --tiny --device cpu tries the code out without one")
+    if args.plan:
+        print(plan(wanted, args.seconds, facts["hardware"]["gpu"] or args.device, args.out))
+        return 0
     document = Document(args.out.resolve(), facts, bar.add_to)
     if not args.fresh:
         document.resume()
@@ -69,6 +73,15 @@ def main() -> int:
 
     done = run_all(wanted, document, child, args.seconds)
     return report(document.content, wanted, done)
+
+
+def plan(wanted: Sequence[Part], seconds: float, device: str, out: Path) -> str:
+    """What the parts will take."""
+    most = min(seconds, sum(part.limit_s for part in wanted))
+    lines = [f"benchmarks on {device}, {most / 60:.0f} minutes at most, most valuable first, into {out}:"]
+    lines += [f"{part.limit_s:7g} s  {part.name:14}{part.what}" for part in wanted]
+    lines.append("Nothing is downloaded. Whatever else runs on the device makes the figures worse.")
+    return "\n".join(lines)
 
 
 def report(document: dict[str, Any], wanted: Sequence[Part], done: bool) -> int:

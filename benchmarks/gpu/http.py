@@ -6,7 +6,6 @@ machine. Every clip is new to the server.
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def drive(url: str, words: list[Any], number: int) -> dict[str, Any]:
     """Raises RuntimeError if a request fails."""
     seed = FIRST_MEASURED_SEED * (1 + number)
     arguments = [str(word) for word in ["--url", url, "--seed", seed, *words]]
-    row = asyncio.run(load.measure(load.parse(arguments)))
+    row = load.run(load.parse(arguments))
     if row["num_errors"]:
         raise RuntimeError(f"{row['num_errors']} of {row['requests']} requests failed: {row['errors']}")
     return row

@@ -13,19 +13,17 @@ import torch
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata
-from model.attention.flash import FlashBackend, Starts
+from model.attention.flash import FlashPackage, Starts
 
 
-class FlashAttentionBackend(FlashBackend):
-    """See the module's docstring."""
+class FlashAttentionBackend(FlashPackage):
+    """See the module's docstring. The package is `flash_attn`."""
 
     name = "flash_attn"
     block_sizes: tuple[int, ...] = (256,)
 
     def __init__(self, package: ModuleType) -> None:
-        """package: `flash_attn`."""
-        super().__init__()
-        self._package = package
+        super().__init__(package)
         self._query_starts, self._key_starts = Starts(), Starts()
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
@@ -58,16 +56,4 @@ class FlashAttentionBackend(FlashBackend):
             max_seqlen_k=max(seq_lens),
             causal=True,
             block_table=metadata.block_table[metadata.num_decodes :],
-        )
-
-    def _attend_clips(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> Tensor:
-        return self._package.flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            cu_seqlens_q=starts,
-            cu_seqlens_k=starts,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            causal=False,
         )

@@ -9,12 +9,10 @@ decided on the device.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata
-from model.attention.flash import FlashBackend
+from model.attention.flash import FlashPackage
 
 MAX_SPLITS = 16
 """Of one sequence's keys. With 32 heads, 5 fill an H200."""
@@ -22,19 +20,14 @@ MAX_PARTIAL_ROWS = 1024
 """Tokens times splits. Of each a partial result is kept in float32: 16 MiB for 32 heads of 128."""
 
 
-class FlashAttention3Backend(FlashBackend):
-    """See the module's docstring."""
+class FlashAttention3Backend(FlashPackage):
+    """See the module's docstring. The package is `flash_attn_interface`."""
 
     name = "flash_attn_3"
     block_sizes: tuple[int, ...] = (16,)
 
-    def __init__(self, package: ModuleType) -> None:
-        """package: `flash_attn_interface`."""
-        super().__init__()
-        self._package = package
-
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
-        out = self._package.flash_attn_with_kvcache(
+        out: Tensor = self._package.flash_attn_with_kvcache(
             query,
             keys,
             values,
@@ -45,22 +38,4 @@ class FlashAttention3Backend(FlashBackend):
             causal=True,
             num_splits=max(1, min(MAX_SPLITS, MAX_PARTIAL_ROWS // query.shape[0])),
         )
-        return _output(out)
-
-    def _attend_clips(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> Tensor:
-        out = self._package.flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            cu_seqlens_q=starts,
-            cu_seqlens_k=starts,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            causal=False,
-        )
-        return _output(out)
-
-
-def _output(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Older builds give the log-sum-exp along with it, asked for or not."""
-    return returned[0] if isinstance(returned, tuple) else returned
+        return out

@@ -18,8 +18,14 @@ from server.errors import shutting_down
 class Traffic:
     """What is in flight, and whether more is welcome."""
 
-    def __init__(self, max_at_work: int, memory: Budget | None = None, disk: Budget | None = None) -> None:
-        """memory, disk: of all bodies; None: no bound."""
+    def __init__(
+        self,
+        max_at_work: int,
+        memory: Budget | None = None,
+        disk: Budget | None = None,
+        audio: Budget | None = None,
+    ) -> None:
+        """memory, disk: of all bodies; audio: of all samples; None: no bound."""
         self.num_in_flight = 0
         """Requests of every kind, probes too."""
         self.num_at_work = 0
@@ -27,6 +33,7 @@ class Traffic:
         self.max_at_work = max_at_work
         self.memory = memory or Budget()
         self.disk = disk or Budget()
+        self.audio = audio or Budget()
         self.is_draining = False
 
     def check_welcome(self) -> None:
@@ -37,7 +44,7 @@ class Traffic:
     @contextmanager
     def place(self, method: str) -> Iterator[HeldBytes]:
         """Count a request while it is served. -> what its body holds. Raises ApiError (503) when all are taken."""
-        held = HeldBytes(self.memory, self.disk)
+        held = HeldBytes(self.memory, self.disk, self.audio)
         if method != "POST":
             yield held
             return

@@ -1,7 +1,7 @@
-"""What the bodies of all requests hold of this machine together: memory, and disk.
+"""What all requests hold of this machine together: memory and disk for their bodies, memory for their sound.
 
-Whoever reads a body says what it holds by now; who would take more than there is gets 503, and gives back what he
-had. So a thousand bodies at once cost no more than a few. Touched on the event loop only.
+Whoever reads a body or decodes a clip says what the request holds by now; who would take more than there is gets
+503, and gives back what he had. So a thousand requests at once cost no more than a few. Touched on the loop only.
 """
 
 from __future__ import annotations
@@ -23,29 +23,46 @@ class Budget:
     num_bytes: int = 0
     """Held now."""
 
+    def has_room(self, num_bytes: int) -> bool:
+        """For so many more."""
+        return self.num_bytes + num_bytes <= self.max_bytes
+
 
 @dataclass(slots=True)
 class HeldBytes:
-    """A request's part of both budgets."""
+    """A request's part of each budget."""
 
     memory: Budget = field(default_factory=Budget)
     disk: Budget = field(default_factory=Budget)
+    audio: Budget = field(default_factory=Budget)
+    """Of samples: here, and until they are encoded in the engine's process too."""
     _in_memory: int = 0
     _on_disk: int = 0
+    _of_audio: int = 0
 
     def hold(self, *, memory: int, disk: int) -> None:
-        """So many bytes by now, instead of what it was. Raises ApiError (503) where there is no room for more."""
+        """So much of its body by now, not what it was. Raises ApiError (503) where there is no room for more."""
         self._in_memory = _changed(self.memory, self._in_memory, memory)
         self._on_disk = _changed(self.disk, self._on_disk, disk)
+
+    def hold_audio(self, num_bytes: int) -> None:
+        """So many bytes of samples more. Raises ApiError (503) where there is no room for them."""
+        self._of_audio = _changed(self.audio, self._of_audio, self._of_audio + num_bytes)
+
+    def count_audio(self, num_bytes: int) -> None:
+        """So many bytes of samples more, or fewer, whether there is room or not."""
+        self._of_audio += num_bytes
+        self.audio.num_bytes += num_bytes
 
     def release(self) -> None:
         """Nothing any more."""
         self.hold(memory=0, disk=0)
+        self._of_audio = _changed(self.audio, self._of_audio, 0)
 
 
 def _changed(budget: Budget, before: int, now: int) -> int:
-    if now > before and budget.num_bytes + now - before > budget.max_bytes:
-        raise overloaded("The server is full: it has no room for the body of another request.")
+    if now > before and not budget.has_room(now - before):
+        raise overloaded("The server is full: it has no room for what another request holds.")
     budget.num_bytes += now - before
     return now
 

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from starlette.responses import JSONResponse, Response
 
 from model.config import GenerationConfig
-from server.api.chat import read_conversation
+from server.api.conversation import read_conversation
 from server.generation.replies import Body
 from server.generation.serving import Serving
 from server.media.loader import ClipRef, all_clips, truncation_header

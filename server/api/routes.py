@@ -247,7 +247,7 @@ async def _transcribe(request: Request, model: type[TranscriptionForm]) -> Respo
 def _serving(request: Request) -> Serving:
     """What serves this request, with its caller's uploads."""
     serving: Serving = request.app.state.serving
-    return serving.of(request.state.caller).recorded_in(request.state.record)
+    return serving.of(request.state.caller).recorded_in(request.state.record, request.state.held)
 
 
 def _model(request: Request, name: str) -> dict[str, Any]:

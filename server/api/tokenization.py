@@ -12,8 +12,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
-from server.api.chat import read_messages
 from server.api.completions import read_prompts
+from server.api.conversation import read_messages
 from server.generation.sampling import check_token_ids
 from server.generation.serving import Serving
 from server.media.loader import all_clips, truncation_header

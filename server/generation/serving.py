@@ -18,6 +18,7 @@ from engine.messages import AudioClip, EngineRequest, FinishReason
 from model.config import GenerationConfig
 from server.access.admission import PromptQueue
 from server.access.auth import cache_salt
+from server.access.held_bytes import HeldBytes
 from server.errors import ApiError
 from server.generation.channel import Channel
 from server.generation.detokenizer import IncrementalDetokenizer
@@ -57,9 +58,9 @@ class Serving:
         """The same, for one caller: uploads and whatever is cached are this caller's."""
         return replace(self, media=self.media.of(caller), grammars=self.grammars.of(caller))
 
-    def recorded_in(self, record: RequestRecord) -> Serving:
-        """The same, for one request."""
-        return replace(self, record=record, media=replace(self.media, record=record))
+    def recorded_in(self, record: RequestRecord, held: HeldBytes) -> Serving:
+        """The same, for one request, and what it holds."""
+        return replace(self, record=record, media=replace(self.media, record=record, held=held))
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer with. Raises ApiError when nobody is served under the name asked for."""

@@ -1,13 +1,14 @@
 """One connection of a client: how long it may take over a request, how large a header may be, what it is told.
 
-uvicorn's, with what it leaves open closed: the header must be whole in time, the body must come at some speed, and
-what follows an early answer (401, 413) is discarded only so long. So slow clients hold nothing for long. What is no
-HTTP gets OpenAI's envelope, and 431 where it is too large. There are no websockets here.
+uvicorn's, with what it leaves open closed: the header must be whole in time, the body must come at some speed, what
+follows an early answer (401, 413) is discarded only so long, and an answer must be read. Slow clients hold nothing
+for long. What is no HTTP gets OpenAI's envelope, and 431 where it is too large. There are no websockets.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 import uuid
 from enum import Enum, auto
@@ -30,6 +31,8 @@ BODY_SECONDS = 30.0
 BODY_BYTES_PER_SECOND = 1000
 DISCARD_SECONDS = 5.0
 """For what is left of a body after the answer."""
+UNREAD_SECONDS = 60.0
+"""That a client may leave unread what is ready of its answer: 64 KiB here, and what the kernel holds."""
 
 _MESSAGES = {
     400: ("Invalid HTTP request received.", None),
@@ -75,15 +78,34 @@ class Connection(H11Protocol):
     _deadline = 0.0
     _is_refused = False
     """What still comes is discarded."""
+    _patience: asyncio.TimerHandle | None = None
+    """With a client that does not read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        _bound_silence(transport)
         self._enter((_Phase.HEADER, None))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._enter(None)
         self._silence()
+        self._read_again()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as the answer comes."""
+        super().pause_writing()
+        self._patience = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read most of what was there."""
+        super().resume_writing()
+        self._read_again()
+
+    def _read_again(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def data_received(self, data: bytes) -> None:
         if not self._is_refused:
@@ -175,3 +197,10 @@ class Connection(H11Protocol):
         self._is_refused = True
         self._enter(None)
         self._alarm = self.loop.call_later(DISCARD_SECONDS, self.transport.close)
+
+
+def _bound_silence(transport: asyncio.Transport) -> None:
+    """The kernel gives up a client that confirms nothing of what was sent for so long, closed connections too."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT") and sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * UNREAD_SECONDS))

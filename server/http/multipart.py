@@ -24,7 +24,7 @@ from server.http.body import check_declared_size, refused_when_full, too_large
 FILE_FIELD = "file"
 MAX_PARTS = 128
 """Of a form: clients repeat a field for each item of a list."""
-MAX_FIELD_BYTES = 1 << 20
+MAX_FIELD_BYTES = 256 << 10
 """Of all fields together, names included; the file aside."""
 MAX_SPOOLED_BYTES = 128 << 10
 """Of a file kept in memory; a longer one goes to disk."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from audio import AudioError, AudioLoader, AudioSource, AudioUrl, InlineAudio, Pcm, segment
 from model.config import MAX_AUDIO_SAMPLES, MAX_AUDIO_SECONDS, SAMPLE_RATE, num_audio_tokens
 from server.access.auth import EVERYBODY
+from server.access.held_bytes import HeldBytes
 from server.access.quota import Quotas
 from server.errors import ApiError, bad_request
 from server.media.store import AudioStore
@@ -114,6 +115,8 @@ class MediaLoader:
     quotas: Quotas = field(default_factory=Quotas)
     record: RequestRecord = field(default_factory=RequestRecord)
     """Of the request whose recordings these are."""
+    held: HeldBytes = field(default_factory=HeldBytes)
+    """By it."""
 
     def of(self, caller: str) -> MediaLoader:
         """The same loader, for the uploads of `caller`."""
@@ -137,6 +140,7 @@ class MediaLoader:
     async def _load(self, ref: ClipRef, long_audio: LongAudio, total: _Total) -> Recording:
         pcm = self._stored(ref) or await self.read(_source(ref.part), ref.param)
         self.quotas.charge_audio(self.caller, pcm.duration_s)
+        self.held.hold_audio(pcm.samples.nbytes)
         total.add(pcm.duration_s, ref.param)
         check_audible(pcm.num_samples, ref.param)
         if pcm.num_samples <= MAX_AUDIO_SAMPLES:

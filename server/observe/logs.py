@@ -9,12 +9,15 @@ import logging
 import logging.config
 
 from engine.errors import EngineError
-from engine.log_lines import JsonFormatter, log_the_uncaught
+from engine.log_lines import JsonFormatter, log_bug, log_the_uncaught
 
 
 def log_failure(logger: logging.Logger, what: str, error: Exception) -> None:
     """A failure that is not the client's. A traceback only for bugs: a dead engine would log one per request."""
-    logger.error("%s: %s", what, error, exc_info=None if isinstance(error, EngineError) else error)
+    if isinstance(error, EngineError):
+        logger.error("%s: %s", what, error)
+    else:
+        log_bug(logger, what, error)
 
 
 def configure_logging(level: str, *, as_json: bool = False) -> None:
@@ -31,6 +34,7 @@ def configure_logging(level: str, *, as_json: bool = False) -> None:
             "root": {"level": level.upper(), "handlers": ["stderr"]},
             "loggers": {
                 "httpx": {"level": "WARNING"},  # it logs URLs, and those may hold secrets
+                "httpcore": {"level": "WARNING"},  # and it the headers that origins answer with
                 "uvicorn.access": {"level": "WARNING"},  # ours has no query strings
                 "uvicorn": {"level": "WARNING" if level != "debug" else "DEBUG"},
             },

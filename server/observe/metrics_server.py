@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import uvicorn
@@ -33,9 +33,14 @@ class _Bystander(uvicorn.Server):
 
 
 @asynccontextmanager
-async def metrics_served(metrics: Metrics, host: str, port: int | None) -> AsyncIterator[None]:
-    """Serve them meanwhile; nothing without a port. Raises OSError when it cannot be listened on."""
-    if port is None:
+async def metrics_served(
+    metrics: Metrics, listener: socket.socket | None, config_of: Callable[..., uvicorn.Config]
+) -> AsyncIterator[None]:
+    """Serve them meanwhile on `listener`, which is closed at the end; without one, nothing.
+
+    config_of: how an application is served: with the deadlines of the server's own port.
+    """
+    if listener is None:
         yield
         return
 
@@ -43,18 +48,9 @@ async def metrics_served(metrics: Metrics, host: str, port: int | None) -> Async
         text, content_type = await asyncio.to_thread(metrics.exposition, request.headers.get("accept", ""))
         return Response(text, headers={"Content-Type": content_type})
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listener:
+    with listener:
         app = Starlette(routes=[Route("/metrics", read_metrics)])
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            limit_concurrency=MAX_CONNECTIONS,
-        )
-        server = _Bystander(config)
+        server = _Bystander(config_of(app, lifespan="off", limit_concurrency=MAX_CONNECTIONS))
         serving = asyncio.create_task(server.serve([listener]))
         logger.info("metrics on port %d", listener.getsockname()[1])
         try:

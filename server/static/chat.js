@@ -54,9 +54,13 @@ export class Chat {
       view.end(ENDS[answer.ending]);
       announce(answer.text || "The answer is empty.");
     } catch (error) {
-      if (error.name !== "AbortError") this.#fail(error, turn, question, view);
-      else view.end("Stopped.");
-      announce(error.name === "AbortError" ? "Stopped." : "");
+      if (error.name === "AbortError") {
+        view.end("Stopped.");
+        announce("Stopped.");
+      } else {
+        answer.text = ""; // what had come is on the page, and no part of the conversation
+        this.#fail(error, turn, question, view);
+      }
     } finally {
       this.#controller = null;
       this.composer.setBusy(false);

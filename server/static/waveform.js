@@ -27,6 +27,7 @@ export class Waveform {
     this.player.on("timeupdate", onTime);
     this.recolour = () => this.player.setOptions(this.#colours());
     document.addEventListener("themechange", this.recolour);
+    this.player.on("error", onFailure); // which is told of what makes the promise wait for ever, too
     this.player.loadBlob(blob).catch(onFailure);
   }
 

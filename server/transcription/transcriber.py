@@ -23,6 +23,7 @@ from audio import AudioError, AudioLimits, AudioLoader, Pcm
 from engine.messages import AudioClip, EngineRequest, SamplingParams, TokenLogprobs
 from model.config import SAMPLE_RATE
 from server.access.auth import cache_salt
+from server.access.held_bytes import HeldBytes
 from server.errors import bad_request
 from server.generation.channel import Channel
 from server.generation.detokenizer import IncrementalDetokenizer
@@ -36,6 +37,8 @@ from server.transcription.text import TranscriptText
 
 MAX_WINDOWS_IN_FLIGHT = 16
 """Of one file: enough to fill a batch, few enough that other requests find room. 2 MB each at 30 s."""
+ROOM_POLL_SECONDS = 0.05
+SAMPLE_BYTES = 4
 MAX_WINDOW_TOKENS = 1024
 """Of one window's text, unless the request says less: three times what the fastest speaker needs for 30 s."""
 SILENCE = 2.0**-14
@@ -112,6 +115,11 @@ class Transcription:
     _running: set[Channel[Delta]] = field(default_factory=set)
     _is_let_in: bool = False
 
+    @property
+    def _held(self) -> HeldBytes:
+        """By its request."""
+        return self.transcriber.serving.media.held
+
     async def pieces(self) -> AsyncGenerator[str | Segment, None]:
         """The text in pieces that put end to end are the whole; after a window's pieces, its segment.
 
@@ -143,6 +151,7 @@ class Transcription:
         async with aclosing(stream) as windows:
             while True:
                 await slots.acquire()
+                await self._room_for_another()
                 try:
                     pcm = await anext(windows, None)
                 except AudioError as error:
@@ -155,6 +164,12 @@ class Transcription:
                 yield await self._begin(pcm, start)
                 start += pcm.num_samples
 
+    async def _room_for_another(self) -> None:
+        """A file may always have one window. Its next wait while other requests' audio fills the memory."""
+        audio = self._held.audio
+        while self._running and not audio.has_room(SAMPLE_BYTES * self.transcriber.window_samples):
+            await asyncio.sleep(ROOM_POLL_SECONDS)
+
     async def _begin(self, pcm: Pcm, start: int) -> _Window:
         generation = await asyncio.to_thread(self._hear, pcm, is_first=start == 0)
         if generation is None:
@@ -164,6 +179,7 @@ class Transcription:
             self._is_let_in = True
         deltas = Channel(generation.deltas())
         self._running.add(deltas)
+        self._held.count_audio(pcm.samples.nbytes)
         return _Window(start, pcm.num_samples, generation, deltas)
 
     def _hear(self, pcm: Pcm, *, is_first: bool) -> Generation | None:
@@ -189,6 +205,7 @@ class Transcription:
                 yield piece
         self.usage.add(window.generation.usage)
         self._running.discard(window.deltas)
+        self._held.count_audio(-SAMPLE_BYTES * window.num_samples)
         await window.deltas.aclose()
         if text:
             end = window.start + window.num_samples

@@ -80,7 +80,7 @@ def test_all_else_is_refused_alike_and_at_once(folder, url):
     started = time.monotonic()
     with pytest.raises(AudioError) as caught:
         read(folder, url)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert (caught.value.code, caught.value.message) == ("media_url_refused", REFUSED)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import bar, page, timing, variants, worker
 from benchmarks.gpu.driver import Document, run_all
 from benchmarks.gpu.floors import H200, decode_step_s, encoder_flop, kv_bytes_per_token
@@ -55,8 +56,8 @@ def test_a_part_runs_at_a_tiny_size_on_a_cpu(part: Part, tmp_path: Path) -> None
 
 def test_the_command_runs_parts_within_its_time(tmp_path: Path) -> None:
     out = tmp_path / "all.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "all", "--tiny", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run([*command, "--seconds", "12"], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    words = [sys.executable, "-m", "benchmarks.gpu", "all", "--tiny", "--device", "cpu", "--out", str(out)]
+    done = subprocess.run([*words, "--seconds", "12"], cwd=ROOT, capture_output=True, text=True, timeout=280)
     document = json.loads(out.read_text())
     assert list(document["parts"]) == [part.name for part in PARTS], done.stderr
     assert document["parts"]["ceilings"]["cells"]
@@ -66,14 +67,31 @@ def test_the_command_runs_parts_within_its_time(tmp_path: Path) -> None:
     assert document["hardware"]["gpu"] is None or torch.cuda.is_available()
 
 
-def test_a_gpu_that_is_not_there_is_said_at_once() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "steps"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1
-    assert "--tiny --device cpu" in done.stderr
+@pytest.mark.parametrize("words", [("steps",), ("all", "--plan")], ids=" ".join)
+def test_a_gpu_that_is_not_there_is_said_at_once(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the first line of `make gpu` too."""
+    monkeypatch.setattr(command, "machine", lambda: {"hardware": {"gpu": None}})
+    monkeypatch.setattr(sys, "argv", ["gpu", *words, "--out", str(tmp_path / "all.json")])
+    with pytest.raises(SystemExit, match="--tiny --device cpu"):
+        command.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_it_will_take_is_said_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "machine", lambda: {"hardware": {"gpu": "NVIDIA H200"}})
+    for words, minutes in ((("all", "--seconds", "900"), "15 minutes"), (("steps", "http"), "8 minutes")):
+        monkeypatch.setattr(sys, "argv", ["gpu", *words, "--plan"])
+        assert command.main() == 0
+        told = capsys.readouterr().out
+        assert f"on NVIDIA H200, {minutes} at most" in told
+        wanted = PARTS if words[0] == "all" else [part for part in PARTS if part.name in words]
+        assert [line.split()[2] for line in told.splitlines()[1:-1]] == [part.name for part in wanted]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert makefile.index("benchmarks.gpu all --plan") < makefile.index("pytest -m gpu")
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)

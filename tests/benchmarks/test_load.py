@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.load import Outcome, make_wav, parse, summarise
+from tympan.load import LoadPlan, Outcome, make_wav, summarise
 
 
 def test_figures_come_from_the_requests_that_succeeded() -> None:
@@ -13,7 +13,7 @@ def test_figures_come_from_the_requests_that_succeeded() -> None:
         Outcome(10.0, ttft=2.0, end_to_end=8.0, gaps=[3.0, 3.0], num_tokens=4, prompt_tokens=300),
         Outcome(10.0, error="HTTP 500"),
     ]
-    figures = summarise(parse(["--model", "m", "--output-tokens", "4"]), outcomes, wall=10.0)
+    figures = summarise(LoadPlan(output_tokens=4), "m", outcomes, wall=10.0)
     assert (figures["requests"], figures["num_errors"], figures["errors"]) == (3, 1, ["HTTP 500"])
     assert figures["requests_per_s"] == pytest.approx(0.2)
     assert figures["output_tokens_per_s"] == pytest.approx(0.8)
@@ -25,7 +25,7 @@ def test_figures_come_from_the_requests_that_succeeded() -> None:
 
 
 def test_a_run_without_an_answer_has_no_times() -> None:
-    figures = summarise(parse([]), [Outcome(2.0, error="refused")], wall=1.0)
+    figures = summarise(LoadPlan(), "m", [Outcome(2.0, error="refused")], wall=1.0)
     assert figures["requests_per_s"] == 0
     assert figures["ttft_s"]["p50"] is None
 

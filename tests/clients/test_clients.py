@@ -20,7 +20,7 @@ pytestmark = pytest.mark.clients
 
 CLIENTS = ROOT / ".clients"
 PAGE = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
-PROGRAMS = dict(re.findall(r"^## (.+?)\n\n<!-- .+ -->\n```\w+\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
+PROGRAMS = dict(re.findall(r"^## (.+?)\n\n<!-- [^\n]+ -->\n```\w+\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
 PYTHON_CLIENTS = {
     "openai 3": ("openai for Python", "openai3", "openai"),
     "openai 2": ("openai for Python", "openai2", "openai"),

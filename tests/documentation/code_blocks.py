@@ -117,7 +117,7 @@ def run_together(blocks: list[Block], ports: dict[str, str], folder: Path) -> di
         "OPENAI_BASE_URL": f"{ports[DEFAULT]}/v1",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     names = "|".join(re.escape(block.name) for block in blocks)
     pieces = re.split(rf"^({names})\n", done.stdout, flags=re.MULTILINE)

@@ -71,6 +71,11 @@ def test_what_would_ask_another_host_fails_the_build(text: str, asks: bool) -> N
     assert (site.request_in(text) is not None) is asks
 
 
+def test_pipes_in_the_code_of_tables() -> None:
+    text = "| `<\\|AUDIO\\|>` | a \\| b |\n`<\\|x`\n```\n| `\\|` |\n```\n"
+    assert site.plain_pipes(text) == "| `<|AUDIO|>` | a \\| b |\n`<\\|x`\n```\n| `\\|` |\n```\n"
+
+
 def test_links_in_code_stay() -> None:
     text = "[the API](docs/api.md#tools)\n```\n[the API](docs/api.md#tools)\n```\n[none](docs/none.md)"
     turned = "[the API](api.md#tools)\n```\n[the API](docs/api.md#tools)\n```\n[none](docs/none.md)"

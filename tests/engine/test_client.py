@@ -66,7 +66,7 @@ async def collect(client: EngineClient, request: EngineRequest) -> list[int]:
     return tokens
 
 
-async def idle(client: EngineClient, timeout_s: float = 10.0) -> None:
+async def idle(client: EngineClient, timeout_s: float = 60.0) -> None:
     """Wait until the engine says that it holds nothing."""
     deadline = time.monotonic() + timeout_s
     while client.stats.num_running or client.stats.num_waiting or client.stats.kv_cache_usage:
@@ -282,14 +282,14 @@ def test_an_engine_outlives_the_terminals_signals_and_when_killed_ends_its_reque
         assert len(await collect(client, SHORT.request("a", max_tokens=3))) == 3
         tasks = [asyncio.create_task(collect(client, SHORT.request(str(n), **ENDLESS))) for n in range(3)]
         waiter = asyncio.create_task(client.wait_dead())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while client.stats.num_running < 3:
                 await asyncio.sleep(0.01)
         killed = time.monotonic()
         os.kill(client.process.pid, signal.SIGKILL)
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(result, EngineDeadError)
-        assert time.monotonic() - killed < 5
+        assert time.monotonic() - killed < 30
         assert "-9" in await waiter
         with pytest.raises(EngineDeadError):
             client.check_health()
@@ -342,7 +342,7 @@ def test_closing_ends_requests_in_flight_and_leaves_no_thread_and_no_process(gqa
             await task
         with pytest.raises(EngineDeadError):
             client.check_health()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while threads():
             assert time.monotonic() < deadline, f"{threads()} still run"
             await asyncio.sleep(0.01)
@@ -436,7 +436,7 @@ def start_parent(folder: Path, tmp_path: Path, what: str) -> tuple[subprocess.Po
     return parent, int(parent.stdout.readline())
 
 
-def wait_until_gone(pid: int, timeout_s: float = 10.0) -> None:
+def wait_until_gone(pid: int, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while is_alive(pid):
         assert time.monotonic() < deadline, "the engine outlives its parent"
@@ -456,7 +456,7 @@ def test_a_parent_that_fails_without_closing_still_ends(gqa_folder: Path, tmp_pa
     parent, pid = start_parent(gqa_folder, tmp_path, "raise")
     with parent:
         try:
-            assert parent.wait(10) == 1
+            assert parent.wait(60) == 1
         finally:
             parent.kill()
         wait_until_gone(pid)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import engine.core
+import engine.assembly
 import engine.loading
 from engine.cuda_graphs import CudaCapture
 from engine.encoder_graphs import MAX_CLIPS, SIZES, EncoderGraphs
@@ -136,7 +136,7 @@ def test_answers_about_clips_are_the_same(gqa_folder: Path, monkeypatch: pytest.
     requests += [AUDIO.request("audio", max_tokens=8), SHORT.request("text", max_tokens=8)]
     expected = run(build(gqa_folder, attention_backend="reference", max_model_len=512), requests)
     capture = TapeCapture()
-    monkeypatch.setattr(engine.core, "graph_capture", lambda *args: (capture, ""))
+    monkeypatch.setattr(engine.assembly, "graph_capture", lambda *args: (capture, ""))
     monkeypatch.setattr(engine.loading, "select_backend", lambda *args, **_: (DeviceBackend(), "for tests"))
     core = build(gqa_folder, max_model_len=512, async_scheduling=True)
     assert f"{len(SIZES)} of encoder runs, up to 10 s of audio" in core.info.cuda_graphs

@@ -13,7 +13,7 @@ from engine.core import EngineCore
 from engine.messages import EngineArgs
 
 EngineCore.build(EngineArgs({str(BUNDLED)!r}, device="cpu"))
-print([name for name in ("torch._dynamo", "torch._inductor", "transformers") if name in sys.modules])
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy", "transformers") if name in sys.modules])
 """
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import engine.core
+import engine.assembly
 import engine.loading
 import engine.memory
 from engine import choice
@@ -241,7 +241,7 @@ def test_weights_or_graphs_that_do_not_fit_say_so(
         with pytest.raises(EngineStartError, match="loading: the weights need a larger GPU"):
             EngineCore.build(args)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.core, "ModelRunner", full)
+        patch.setattr(engine.assembly, "ModelRunner", full)
         with pytest.raises(EngineStartError, match="KV cache: lower --gpu-memory-utilization"):
             EngineCore.build(args)
     with monkeypatch.context() as patch:

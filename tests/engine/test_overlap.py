@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from engine.assembly import overlaps
 from engine.client import EngineClient, InlineEngineClient
-from engine.core import MAX_FAILED_STEPS, EngineCore, _overlaps
+from engine.core import MAX_FAILED_STEPS, EngineCore
 from engine.errors import EngineStartError
 from engine.messages import (
     EngineArgs,
@@ -351,8 +352,8 @@ def test_overlap_is_left_to_devices_that_compute_beside_the_host(gqa_folder: Pat
 def test_drafts_leave_overlap_off(gqa_folder: Path) -> None:
     """Asked for by name it is refused, with a sentence."""
     args = EngineArgs(str(gqa_folder), device="cpu", num_threads=1, max_model_len=128, num_speculative_tokens=4)
-    assert not _overlaps(args, torch.device("cuda"))
-    assert _overlaps(replace(args, num_speculative_tokens=0), torch.device("cuda"))
+    assert not overlaps(args, torch.device("cuda"))
+    assert overlaps(replace(args, num_speculative_tokens=0), torch.device("cuda"))
     assert not EngineCore.build(args).info.async_scheduling
     with pytest.raises(EngineStartError, match="--async-scheduling and --num-speculative-tokens"):
         EngineCore.build(replace(args, async_scheduling=True))

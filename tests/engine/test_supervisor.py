@@ -62,11 +62,9 @@ class _Starts:
     def __init__(self, *failures: Exception | None) -> None:
         self.engines: list[_Process] = []
         self.failures = list(failures)
-        self.times: list[float] = []
         self.max_model_len = 100
 
     async def __call__(self) -> Any:
-        self.times.append(time.monotonic())
         failure = self.failures.pop(0) if self.failures else None
         if failure is not None:
             raise failure
@@ -88,14 +86,14 @@ def supervise(
     async def main() -> None:
         client = await SupervisedEngineClient.launch(starts, policy)
         try:
-            await asyncio.wait_for(test(client), 10)
+            await asyncio.wait_for(test(client), 60)
         finally:
             await client.close()
 
     asyncio.run(main())
 
 
-async def until(is_so: Callable[[], Any], timeout_s: float = 10.0) -> None:
+async def until(is_so: Callable[[], Any], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not is_so():
             await asyncio.sleep(0.005)
@@ -122,20 +120,22 @@ def test_a_dead_engine_is_replaced_and_meanwhile_nobody_is_told_that_all_is_well
 
 
 @pytest.mark.usefixtures("quick")
-def test_pauses_double_until_an_engine_has_finished_a_request() -> None:
-    starts = _Starts()
+def test_pauses_double_until_an_engine_has_finished_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, pauses, sleep = _Starts(), [], asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        pauses.extend([seconds] if seconds >= 0.03 else [])  # nobody else sleeps so long
+        await sleep(seconds)
 
     async def test(client: SupervisedEngineClient) -> None:
-        pauses = []
+        monkeypatch.setattr(supervisor, "FIRST_PAUSE_SECONDS", 0.03)
+        monkeypatch.setattr(asyncio, "sleep", note)
         for number in range(5):
             engine = starts.engines[-1]
             engine.num_finished = int(number in (0, 4))
             engine.kill("again")
-            killed = time.monotonic()
             await until(lambda engine=engine: starts.engines[-1] is not engine)  # type: ignore[misc]
-            pauses.append(starts.times[-1] - killed)
-        assert pauses[0] < pauses[1] < pauses[2] < pauses[3] > pauses[4]
-        assert pauses[3] > 0.15
+        assert pauses == [0.03, 0.06, 0.12, 0.24, 0.03]
 
     supervise(starts, test)
 
@@ -179,9 +179,9 @@ def test_only_silence_under_work_is_a_hang() -> None:
 
     async def test(client: SupervisedEngineClient) -> None:
         engine = starts.engines[0]
-        await asyncio.sleep(0.3)  # nothing to do
+        await asyncio.sleep(1.2)  # nothing to do
         engine.num_in_flight = 1
-        for _ in range(15):  # slow, but alive
+        for _ in range(40):  # slow, but alive
             await asyncio.sleep(0.03)
             engine.num_messages += 1
         assert not engine.death.done()
@@ -189,7 +189,7 @@ def test_only_silence_under_work_is_a_hang() -> None:
         assert "hung" in engine.death.result()
         await until(lambda: len(starts.engines) == 2)
 
-    supervise(starts, test, RestartPolicy(hang_timeout_s=0.2))
+    supervise(starts, test, RestartPolicy(hang_timeout_s=1.0))
 
 
 @pytest.mark.usefixtures("quick")
@@ -246,7 +246,7 @@ def test_killed_and_hung_engines_end_their_requests_and_the_next_ones_answer_ali
         pids, fds = set(), []
         for number in (signal.SIGKILL, signal.SIGSTOP):
             tasks = [asyncio.create_task(collect(client, str(index), **ENDLESS)) for index in range(3)]
-            await until(lambda: client.stats.num_running == 3, 20)
+            await until(lambda: client.stats.num_running == 3)
             pid = client._client.process.pid
             assert pid is not None
             pids.add(pid)
@@ -254,7 +254,7 @@ def test_killed_and_hung_engines_end_their_requests_and_the_next_ones_answer_ali
             failed = time.monotonic()
             for result in await asyncio.gather(*tasks, return_exceptions=True):
                 assert isinstance(result, EngineDeadError)
-            assert time.monotonic() - failed < 5 + 3 * (number == signal.SIGSTOP)
+            assert time.monotonic() - failed < 30
             with pytest.raises(EngineDeadError):
                 await collect(client, "meanwhile", max_tokens=8)
             await until(lambda: serves(client), 60)

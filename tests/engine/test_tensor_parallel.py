@@ -47,7 +47,10 @@ def mixed_requests() -> list[EngineRequest]:
         replace(request_of(audio, frequency_penalty=0.7, logit_bias=((17, 3.0),)), request_id="biases"),
         replace(request_of(audio, temperature=1.0, seed=7), request_id="sampled", n=3),
         replace(request_of(audio, temperature=0.8, top_p=0.9, top_k=50, seed=8), request_id="top"),
-        replace(request_of(audio, logprobs=5), request_id="logprobs"),
+        replace(request_of(audio, logprobs=5), request_id="logprobs", priority=-1),
+        replace(
+            request_of("no audio", min_tokens=0, grammar="start: /(yes|no|nobody) +[a-z]+/"), request_id="grammar"
+        ),
     ]
 
 
@@ -146,16 +149,18 @@ def test_two_ranks_with(changes: dict[str, Any], gqa_folder: Path, alone: dict[A
         core.close()
 
 
-def test_int8_without_grouped_heads(mha_folder: Path) -> None:
-    """Each rank rounds its own columns: close to one rank's int8, and deterministic."""
+def test_fewer_bits_without_grouped_heads(mha_folder: Path) -> None:
+    """Weights in int8, keys and values in float8: each rank rounds its own, close to one rank's."""
     names = ["no audio", "0.3 s", "an odd length"]
     requests = [request_of(name, max_tokens=1, min_tokens=1, logprobs=0) for name in names]
-    single = run(EngineCore.build(args_of(mha_folder, quantization="int8")), requests)
-    core = EngineCore.build(two_ranks(mha_folder, quantization="int8"))
+    changes = {"quantization": "int8", "kv_cache_dtype": "fp8"}
+    single = run(EngineCore.build(args_of(mha_folder, **changes)), requests)
+    core = EngineCore.build(two_ranks(mha_folder, **changes))
     try:
         pair = run(core, requests)
     finally:
         core.close()
+    assert core.info.kv_cache_dtype == "float8_e4m3fn"
     for key, (output,) in pair.items():
         assert output.logprobs[0].logprob == pytest.approx(single[key][0].logprobs[0].logprob, abs=0.1)
 
@@ -187,7 +192,7 @@ def worker_of(client: ProcessEngineClient) -> int:
 
 def is_gone(pid: int) -> bool:
     """Whether a process has ended; waits a little."""
-    for _ in range(50):
+    for _ in range(300):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
@@ -210,7 +215,7 @@ async def seconds_until_dead(client: ProcessEngineClient, hurt: Callable[[], Non
     await started.wait()
     hurt()
     at = time.monotonic()
-    reason = await asyncio.wait_for(client.wait_dead(), 30)
+    reason = await asyncio.wait_for(client.wait_dead(), 90)
     took = time.monotonic() - at
     with pytest.raises(EngineDeadError):
         await answer
@@ -236,7 +241,7 @@ def test_no_rank_outlives_another(signal_number: int, rank: int, says: str, gqa_
             target = worker if rank else engine
             reason, took = await seconds_until_dead(client, lambda: os.kill(target, signal_number))
             assert re.search(says, reason), reason
-            assert took < 15
+            assert took < 60
             assert is_gone(worker)
             assert is_gone(engine)
 

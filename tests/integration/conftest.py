@@ -52,10 +52,10 @@ class ServerProcess:
         return int(found.stdout.split()[0])
 
     def stop(self) -> int:
-        """Ask it to end. -> its exit status."""
+        """Ask it to end, as Ctrl-C does: without a grace for balancers. -> its exit status."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+            self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
 
 
 def start_server(*arguments: str) -> ServerProcess:

@@ -94,9 +94,8 @@ def test_no_input_makes_a_key_or_a_value_that_the_scales_cut_off(magnitude: floa
     layer.input_layernorm.weight.normal_(std=3.0)
     scales = bounding_scales(layer)
     assert torch.equal(scales.log2(), scales.log2().round()), "powers of two"
-    worst = (
-        attention.qkv_proj.weight[-4 * 16 :] * layer.input_layernorm.weight
-    )  # inputs along each row's own weights
+    along = attention.qkv_proj.weight[-4 * 16 :] * layer.input_layernorm.weight  # each row's own weights
+    worst = 100 * along / along.norm(dim=1, keepdim=True)  # so large that the norm's epsilon is nothing
     rows = torch.cat((worst, -worst, torch.randn(100, 64), torch.zeros(1, 64)))
     out = attention.qkv_proj(layer.input_layernorm(rows))[:, -4 * 16 :].view(-1, 2, 2, 16)
     largest = torch.stack((torch.hypot(*out[:, 0].chunk(2, dim=-1)).amax((0, 2)), out[:, 1].abs().amax((0, 2))))

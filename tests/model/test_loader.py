@@ -47,6 +47,18 @@ def sharded(sharded_original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sharded_original, tmp_path / "sharded"))
 
 
+def test_code_that_a_checkpoint_brings_is_not_run(copy: Path) -> None:
+    """As trust_remote_code would: CVE-2025-66448, CVE-2026-22807, CVE-2026-27893."""
+    (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    auto_map = dict.fromkeys(("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer"), "evil.Evil")
+    for file in copy.glob("*.json"):
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and file.name != INDEX_FILE:
+            file.write_text(json.dumps(content | {"auto_map": auto_map}))
+    load(copy)
+    assert not (copy / "ran").exists()
+
+
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], file: str = SINGLE_FILE) -> None:
     tensors = load_file(folder / file)
     change(tensors)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import model.loader
+import model.weight_files
 from model.attention import AttentionMetadata, select_backend
 from model.config import Qwen2AudioConfig, TextConfig
 from model.cpu import prepare_for_cpu
@@ -24,6 +24,7 @@ from model.layers import VocabEmbedding
 from model.linear import Linear, RowParallelLinear
 from model.loader import load_model, name_table
 from model.parallel import WHOLE, Shard
+from model.quantization.fp8_linear import round_to_fp8
 from model.qwen2 import Mlp
 from model.qwen2_audio import Qwen2Audio
 from tests.ranks import on_ranks
@@ -138,6 +139,30 @@ def test_a_sharded_checkpoint_gives_the_same_logits(
     torch.testing.assert_close(on_ranks(size, of_rank)[0], expected, atol=1e-4, rtol=1e-4)
 
 
+def test_ranks_round_their_own_columns_to_float8(mha_folder: Path) -> None:
+    """As good as one rank's weights in float8, and not the same; a head's keys and values have one rank's scales."""
+    config = Qwen2AudioConfig.from_folder(mha_folder)
+    token_ids = torch.randint(0, config.text.vocab_size, (41,), dtype=torch.int32)
+
+    def of_rank(shard: Shard, *, rounded: bool = True) -> tuple[Tensor, list[Tensor | None]]:
+        backend, _ = select_backend("reference", CPU)
+        model = load_model(mha_folder, config, backend, torch.bfloat16, CPU, shard=shard, fp8_kv=True)
+        scales = [layer.self_attn.kv_scales for layer in model.decoder.layers]
+        for layer in model.decoder.layers:
+            layer.self_attn.kv_scales = None
+        if rounded:
+            round_to_fp8(model.decoder)
+        return prefill(model, token_ids), scales
+
+    ((exact, scales),) = on_ranks(1, lambda shard: of_rank(shard, rounded=False))
+    ((alone, _),) = on_ranks(1, of_rank)
+    (together, *_), of_ranks = zip(*on_ranks(2, of_rank), strict=True)
+    for whole, *parts in zip(scales, *of_ranks, strict=True):
+        assert torch.equal(torch.cat([part for part in parts if part is not None], dim=1), whole)
+    errors = [(logits - exact).norm() / exact.norm() for logits in (alone, together)]
+    assert 0 < errors[1] < 1.5 * errors[0] < 0.2
+
+
 class Recorder:
     """safetensors' file, noting which part of which tensor is read."""
 
@@ -180,8 +205,8 @@ def test_the_ranks_read_each_value_once(size: int, mha_folder: Path, monkeypatch
     config = Qwen2AudioConfig.from_folder(mha_folder)
     backend, _ = select_backend("reference", CPU)
     reads: dict[str, list[np.ndarray]] = defaultdict(list)
-    original = model.loader.safe_open
-    monkeypatch.setattr(model.loader, "safe_open", lambda *a, **k: Recorder(original(*a, **k), reads))
+    original = model.weight_files.safe_open
+    monkeypatch.setattr(model.weight_files, "safe_open", lambda *a, **k: Recorder(original(*a, **k), reads))
     table = name_table(config)
     for rank in range(size):
         shard = Shard(rank, size)

@@ -105,7 +105,7 @@ def test_hostile_bodies(served: Served, name: str) -> None:
     body = make()
     started = time.monotonic()
     response = served.post(body, path)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     error = response.json()["error"]
     assert response.status_code == status, error
     if code:

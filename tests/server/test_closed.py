@@ -182,7 +182,7 @@ def test_the_body_is_not_waited_for(closed: Served) -> None:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
         started = time.monotonic()
         refused(closed, exchange(closed, head.encode()))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 8
 
 
 def test_a_request_behind_a_good_one(closed: Served) -> None:

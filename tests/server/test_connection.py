@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -190,3 +191,29 @@ def test_many_slow_clients_keep_nobody_waiting(served: Served) -> None:
     finally:
         for sock in slow:
             sock.close()
+
+
+def test_an_answer_that_nobody_reads_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else such clients would take all places there are, for as long as they like."""
+    monkeypatch.setattr(connection, "UNREAD_SECONDS", 0.3)
+    host, port = served.url.removeprefix("http://").split(":")
+    num_requests = 400
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(20)
+        sock.connect((host, int(port)))
+        ask = request("/openapi.json", "GET", body=b"")
+        sender = threading.Thread(target=send_quietly, args=(sock, ask * num_requests), daemon=True)
+        sender.start()
+        time.sleep(2)
+        num_answers = 0
+        with contextlib.suppress(ConnectionError):
+            while chunk := sock.recv(1 << 20):
+                num_answers += chunk.count(b"HTTP/1.1 200")
+        assert 0 < num_answers < num_requests
+    assert httpx.get(f"{served.url}/v1/models").status_code == 200
+
+
+def send_quietly(sock: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        sock.sendall(data)

@@ -87,5 +87,5 @@ def test_all_origins(servers: Servers) -> None:
 def test_closed_by_default(served: Served) -> None:
     assert preflight(served, GOOD).status_code == 405
     response = served.post(BODY, headers={"Origin": GOOD})
-    assert response.status_code == 200
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "origin_not_allowed")
     assert cors_headers(response) == []

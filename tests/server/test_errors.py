@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import socket
 import struct
 from typing import Any
@@ -231,12 +232,17 @@ def test_endless_body_is_cut(served: Served) -> None:
     assert served.post(chat()).status_code == 200
 
 
-def test_bug_is_told_without_details(served: Served) -> None:
+def test_bug_is_told_without_details(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """And logged with what it is and where: its words may be the client's."""
     served.say("Hi", failure=ZeroDivisionError("secret detail"))
-    response = served.post(chat())
+    with caplog.at_level(logging.INFO):
+        response = served.post(chat())
     assert response.status_code == 500
     assert check_envelope(response)["type"] == "server_error"
     assert "secret" not in response.text
+    assert "secret" not in caplog.text
+    assert "ZeroDivisionError\n" in caplog.text
+    assert "fake_engine.py" in caplog.text
 
 
 def test_envelope_is_json_even_for_odd_paths(served: Served) -> None:

@@ -26,7 +26,7 @@ from .conftest import Served, Servers, text_part, user
 from .fake_engine import INFO
 
 TEN_MINUTES = 600 * 16_000
-MAX_HEALTH_S = 1.0
+MAX_HEALTH_S = 5.0
 """Hundreds of times what it takes alone: others may be at work on the machine."""
 MIN_CALLBACK_S = 0.006
 """What a callback may take whatever it does: the first ones import and compile."""

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audio import FiledText
-from server import json_body
 from server.access.held_bytes import Budget, HeldBytes
 from server.errors import ApiError
+from server.http import json_body
 from server.http.json_body import LONG_STRING_BYTES, MAX_TEXT_BYTES, JsonReader
 
-from .conftest import Served, Servers, text_part, user
+from .conftest import Served, Servers, audio_part, text_part, user, wav_base64
+from .fake_engine import INFO
 
 MIB = 1 << 20
 WAV_OF_ZEROS = b"RIFF\xff\xff\xff\xffWAVEfmt \x10\0\0\0\1\0\1\0\x80\x3e\0\0\0\x7d\0\0\2\0\x10\0data\xff\xff\xff\xff"
@@ -151,3 +153,35 @@ def test_bodies_of_audio_take_no_memory(roomy: Served) -> None:
     traffic = roomy.server.config.app.state.traffic  # type: ignore[union-attr]
     assert (traffic.memory.num_bytes, traffic.disk.num_bytes) == (0, 0)
     assert len(os.listdir("/proc/self/fd")) <= num_open + 10  # the clients' connections
+
+
+def test_decoded_audio_is_bounded_for_all_requests_together(servers: Servers) -> None:
+    """Small files may hold hours: a thousand of them at once cost no more than what the setting says."""
+    served = servers.start(max_audio_memory_mb=3, max_num_seqs=64, info=replace(INFO, max_model_len=4096))
+    served.say("Hello there!", delay_s=0.3)
+    clip = user(audio_part(20, rate=8_000), text_part("?"))
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: served.post({"messages": [clip]}), range(4)))
+    statuses = sorted(answer.status_code for answer in answers)
+    assert statuses[0] == 200
+    assert statuses[-1] == 503
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert refused.json()["error"]["code"] == "server_overloaded"
+    assert refused.headers["retry-after"]
+    assert served.post({"messages": [clip]}).status_code == 200
+    assert served.post({"messages": [user(audio_part(60, rate=8_000))]}).status_code == 503
+
+
+def test_a_long_file_takes_turns_where_audio_fills_the_memory(servers: Servers) -> None:
+    served = servers.start(max_audio_memory_mb=1, info=replace(INFO, max_model_len=4096))
+    served.say("Hello there!", delay_s=0.01)
+    file = base64.b64decode(wav_base64(95, rate=8_000))
+    answer = served.client.post(
+        f"{served.url}/v1/audio/transcriptions",
+        files={"file": ("a.wav", file)},
+        data={"model": "tiny-audio"},
+        timeout=60,
+    )
+    assert answer.status_code == 200
+    assert len(served.engine.requests) >= 4
+    assert served.engine.max_running <= 2

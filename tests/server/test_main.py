@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import signal
 import socket
 import subprocess
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from configs.settings import Settings
-from server.__main__ import BUNDLED_CHECKPOINT, _engine_args, _listen, main
+from server.__main__ import BUNDLED_CHECKPOINT, engine_args, main
+from server.listener import listen
+from server.start_progress import StartProgress
 from server.summary import startup_summary
 
 from .fake_engine import INFO
@@ -30,7 +34,7 @@ def test_what_is_sent_does_not_wait_for_the_client_to_confirm_what_was_sent_befo
             accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with _listen("127.0.0.1", 0) as listener:
+        with listen("127.0.0.1", 0) as listener:
             async with await asyncio.start_server(handle, sock=listener):
                 _, writer = await asyncio.open_connection(*listener.getsockname())
                 assert await accepted
@@ -114,7 +118,7 @@ def test_settings_reach_the_engine() -> None:
         seed=7, num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=4,
         long_prefill_token_threshold=77, tensor_parallel_size=2, enforce_eager=True,
     )  # fmt: skip
-    args = _engine_args(settings, Path("folder"))
+    args = engine_args(settings, Path("folder"))
     assert args.model_folder == "folder"
     for name in ("device", "dtype", "attention_backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
                  "async_scheduling", "kv_cache_memory_bytes", "gpu_memory_utilization", "seed",
@@ -137,3 +141,45 @@ def test_summary_tells_how_much_fits() -> None:
         replace(info, cuda_graphs="11 of decode steps"), "", ""
     )
     assert "curl http://127.0.0.1:8000/v1/chat/completions" in summary
+
+
+def test_the_request_to_paste_survives_the_shell() -> None:
+    summary = startup_summary(INFO, "it's", "http://127.0.0.1:1", has_keys=True)
+    command = summary.splitlines()[-1].strip()
+    words = subprocess.run(
+        ["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; OPENAI_API_KEY=secret; {command}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert words[:5] == [
+        "http://127.0.0.1:1/v1/chat/completions", "-H", "Content-Type: application/json",
+        "-H", "Authorization: Bearer secret",
+    ]  # fmt: skip
+    assert json.loads(words[-1])["model"] == "it's"
+
+
+def test_a_start_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with StartProgress() as progress:
+        progress(3, 532)
+        progress(532, 532)
+    shown = capsys.readouterr().err
+    assert "532/532" in shown
+    assert "getting ready" in shown
+
+
+@pytest.mark.parametrize(("is_terminal", "as_json"), [(False, False), (True, True)])
+def test_elsewhere_it_is_two_log_lines(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    is_terminal: bool,
+    as_json: bool,
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    with caplog.at_level(logging.INFO), StartProgress(as_json=as_json) as progress:
+        progress(3, 532)
+        progress(532, 532)
+    assert [record.getMessage() for record in caplog.records] == ["starting the engine", "loaded 532 tensors"]
+    assert capsys.readouterr().err == ""

@@ -109,7 +109,7 @@ def test_a_refused_client_may_finish_its_sentence(small: Served) -> None:
 
 def test_prompts_that_wait_are_bounded_in_tokens_and_one_alone_is_not(servers: Servers) -> None:
     small = servers.start(max_num_queued_tokens=100)
-    small.say("one two", delay_s=0.4)
+    small.say("one two", delay_s=1.0)
     long = {"messages": [user(audio_part(4.0), {"type": "text", "text": "What is said?"})]}  # over 100 tokens
     answers: list[httpx.Response] = []
     first = threading.Thread(target=lambda: answers.append(small.post(long)))
@@ -122,7 +122,7 @@ def test_prompts_that_wait_are_bounded_in_tokens_and_one_alone_is_not(servers: S
     for stream in (False, True):
         refused = small.post({**BODY, "stream": stream})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_overloaded")
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 0.9
     small.say("Hi")  # to those that come now
     wait_until_let_in(small)  # when the first token has come
     assert small.engine.num_running, "the first has ended"

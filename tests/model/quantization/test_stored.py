@@ -17,6 +17,7 @@ from model.attention.reference import ReferenceBackend
 from model.config import Qwen2AudioConfig
 from model.errors import CheckpointError, ConfigError
 from model.loader import load_model
+from model.parallel import Shard
 from model.quantization.scheme import QuantizationScheme, parse_quantization
 from model.qwen2_audio import Qwen2Audio
 from model.weight_files import INDEX_FILE, SINGLE_FILE
@@ -138,6 +139,17 @@ def test_scales_of_a_kv_cache_are_taken_as_stored(copy: Path, names: tuple[str, 
     assert bound is not None
     assert torch.equal(bound.log2(), bound.log2().round()), "a layer without them gets bounds"
     assert load(copy).decoder.layers[1].self_attn.kv_scales is None
+
+
+def test_ranks_share_no_checkpoint_of_fewer_bits(copy: Path, gqa_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--tensor-parallel-size 2: .* is quantised by awq, .* one rank only"):
+        load(copy, shard=Shard(1, 2))
+    dense = Path(shutil.copytree(gqa_folder, tmp_path / "dense"))
+    edit(dense, lambda tensors: tensors.update({f"{LAYER}.self_attn.k_scale": torch.tensor(0.3)}))
+    with pytest.raises(
+        ConfigError, match=r"--tensor-parallel-size 2: .* has scales of a KV cache, .* one rank only"
+    ):
+        load(dense, shard=Shard(0, 2))
 
 
 @pytest.mark.parametrize("stored", [
