@@ -17,7 +17,6 @@ ran, or the server left a core idle.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import json
 import os
@@ -86,7 +85,7 @@ def drive(server: RunningServer, cell: Cell, requests: int, tokens: int, seed: i
     words = ["--url", server.url, "--clip-seconds", seconds, "--concurrency", concurrency, "--requests", requests]
     words += ["--warmup", 0, "--output-tokens", tokens, "--seed", seed]
     cpu_before = server.cpu_seconds()
-    run = asyncio.run(load.measure(load.parse([str(word) for word in words])))
+    run = load.run(load.parse([str(word) for word in words]))
     cpu_s = server.cpu_seconds() - cpu_before
     written = round(run["output_tokens_per_s"] * run["wall_s"])
     if run["num_errors"] or written != requests * tokens:

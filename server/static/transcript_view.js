@@ -45,7 +45,7 @@ export class TranscriptView {
         button("copy", "Copy", () => copy(this.text, "Transcript")),
       ),
     );
-    announce(`Transcript: ${this.text}`);
+    announce(this.hasWords === undefined ? this.text : "The transcript is there.");
   }
 
   fail(message) {
