@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,28 +35,54 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("tests of kernels in the interpreter: TRITON_INTERPRET=1 pytest -m interpreter")
 
 
+IN_THE_INTERPRETER = """
+(
+    nice -n 10 "$0" -m pytest -m interpreter -p no:cacheprovider --tb=short tests/model tests/engine
+    echo $? > "$1/running" && mv "$1/running" "$1/status"
+) > "$1/output" 2>&1 &
+"""
+
+
 @dataclass(frozen=True)
 class InterpreterRun:
-    """The tests marked `interpreter`, in a process of their own that makes way for everybody else's."""
+    """The tests marked `interpreter`, in a process that makes way for everybody else's.
 
-    process: subprocess.Popen[bytes]
-    output: Path
+    It is no child of this one: tests count their children.
+    """
+
+    folder: Path
+    """For its exit status and what it prints."""
+    group: int
+    """Its process group."""
 
     @classmethod
-    def start(cls, output: Path) -> InterpreterRun:
-        """output: a file for what it prints."""
-        command = ["nice", "-n", "10", sys.executable, "-m", "pytest", "-m", "interpreter", "-p", "no:cacheprovider",
-                   "--tb=short", "tests/model", "tests/engine"]  # fmt: skip
+    def start(cls, folder: Path) -> InterpreterRun:
+        """folder: empty."""
+        command = ["sh", "-c", IN_THE_INTERPRETER, sys.executable, str(folder)]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                command, cwd=Path(__file__).parent.parent, env=environment, stdout=file, stderr=subprocess.STDOUT
-            )
-        return cls(process, output)
+        root = Path(__file__).parent.parent
+        with subprocess.Popen(command, cwd=root, env=environment, start_new_session=True) as shell:
+            group = shell.pid
+        return cls(folder, group)
 
     def result(self, timeout_s: float) -> tuple[int, str]:
-        """Wait for its end. -> exit status, what it printed."""
-        return self.process.wait(timeout_s), self.output.read_text(errors="replace")
+        """Wait for its end. -> exit status, what it printed. Raises TimeoutError."""
+        status, deadline = self.folder / "status", time.monotonic() + timeout_s
+        while not status.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.output)
+            time.sleep(0.2)
+        return int(status.read_text()), self.output
+
+    @property
+    def output(self) -> str:
+        """What it has printed."""
+        return (self.folder / "output").read_text(errors="replace")
+
+    def end(self) -> None:
+        """Be it finished or not."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.group, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,10 +92,9 @@ def interpreter_run(request: pytest.FixtureRequest) -> Iterator[InterpreterRun |
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        run = InterpreterRun.start(Path(folder) / "output")
+        run = InterpreterRun.start(Path(folder))
         yield run
-        run.process.kill()
-        run.process.wait()
+        run.end()
 
 
 @pytest.fixture(

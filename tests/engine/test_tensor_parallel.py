@@ -258,11 +258,11 @@ def test_a_rank_that_does_not_come_up_is_named(
     spawn = engine.workers.spawn
     monkeypatch.setattr(engine.workers, "spawn", lambda module, *rest: spawn("tests.engine.ranks_that_fail", *rest))
     workers = Workers(two_ranks(tmp_path / fault, tensor_parallel_size=3, rank_timeout_s=2.0))
-    members = [process for process, _ in workers._members]
+    members = [process.pid or 0 for process, _ in workers._members]
     with pytest.raises(EngineStartError, match=says):
         workers.join(torch.device("cpu"))
     workers.kill()
-    assert not any(process.is_alive() for process in members)
+    assert all(is_gone(pid) for pid in members)
 
 
 def test_refusals_name_the_setting(gqa_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ def test_only_the_second_port_needs_no_key(server: ServerProcess) -> None:
     assert server.http.get("/metrics", headers={"authorization": "Bearer none"}).status_code == 200
 
 
-def test_every_process_logs_json(server: ServerProcess) -> None:
-    assert {line["process"] for line in json_lines(server)} == {"server", "engine"}
+def test_all_that_is_logged_is_json(server: ServerProcess) -> None:
+    """Of whichever process: an engine without trouble says nothing (tests/server/test_logs.py lets one speak)."""
+    assert {"server"} <= {line["process"] for line in json_lines(server)} <= {"server", "engine"}
     assert not [line for line in server.lines if re.match(r"\d{4}-\d\d-\d\d ", line)]
