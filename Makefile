@@ -99,7 +99,9 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types docs test clients ## all that CI runs: lint, types, documentation, tests, real clients
+check: lint types docs test clients lint-deploy sbom ## all that CI runs: the code, and what is shipped with it
+	$(TOOLS)/bin/python -m tools.licences --check
+	$(TOOLS)/bin/python -m tools.audit --or-say-so
 
 # What tools/ runs on.
 $(TOOLS)/.done: requirements/tools.txt
