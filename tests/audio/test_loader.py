@@ -127,7 +127,8 @@ def test_workers_yield_to_the_event_loop(monkeypatch):
     def recorded(pool, file, *more):
         samples = really_decode(pool, file, *more)
         niceness.append(os.getpriority(os.PRIO_PROCESS, 0))
-        niceness.extend(process.nice() for process in psutil.Process().children(recursive=True))
+        started = psutil.Process().children(recursive=True)
+        niceness.extend(process.nice() for process in started if "audio.decoder_process" in process.cmdline())
         return samples
 
     monkeypatch.setattr(DecoderPool, "decode", recorded)

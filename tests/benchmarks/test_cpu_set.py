@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -61,7 +62,7 @@ def test_a_part_that_fails_leaves_no_result_of_an_older_run(scripts: Path) -> No
 
 
 def test_a_part_that_takes_too_long_is_ended_with_what_it_started(scripts: Path) -> None:
-    child = "import time; time.sleep(600)"
+    child = f"import time; time.sleep(600)  # {uuid.uuid4()}"  # nobody else's on this machine
     source = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], "
     source += "start_new_session=True); time.sleep(600)"
     started = time.perf_counter()
