@@ -39,7 +39,7 @@ _Compose.add_constructor("!override", lambda loader, node: loader.construct_obje
 def commands(folder: Path) -> Iterator[Command]:
     """All that can run here; `folder` takes what is written for them."""
     yield [BIN / "yamllint", "--strict", ROOT]
-    yield [BIN / "shellcheck", ROOT / ".ci/run"]
+    yield [BIN / "shellcheck", ROOT / ".ci/run", *sorted(DEPLOY.glob("*.sh"))]
     yield [BIN / "hadolint", "--config", ROOT / ".hadolint.yaml", ROOT / "Dockerfile"]
     for kind, files in (
         ("compose-spec", [_as_json(path, folder) for path in COMPOSE]),

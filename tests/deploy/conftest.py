@@ -16,6 +16,8 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from deploy.roll import RollError
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
 
@@ -66,6 +68,13 @@ class Replica:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(90)
+
+    def restart(self) -> None:
+        """As a service manager does. Raises RollError: it did not drain."""
+        status = self.drain()
+        if status:
+            raise RollError(f"a drained replica ended with status {status}")
+        self.start()
 
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:
