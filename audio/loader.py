@@ -40,7 +40,7 @@ _OpenFile = AbstractContextManager[IO[bytes]]
 class AudioLoader:
     """Loads clips, several at once. Owns `fetcher`; None refuses links.
 
-    local_files: what file: URLs may name; None refuses them. num_cores: there are so many decoders, from two to eight.
+    local_files: what file: URLs may name; None refuses them. num_cores: as many decoders, from two to eight.
     Use from one event loop; close with `aclose`.
     """
 

@@ -1,7 +1,7 @@
 """How many cores this process may keep busy: its affinity, and the CPU limit of its container. Torch-free.
 
-A container's limit is a quota of its control group (version 1 or 2), which no count of processors shows. Whoever runs
-more threads than it allows is stopped for the rest of each tenth of a second, with everything else in the container.
+A container's limit is a quota of its control group (version 1 or 2), which no count of processors shows. Whoever
+runs more threads than it allows stands still for the rest of each tenth of a second, with all else in the container.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ On a CPU:
   returned, each is mapped and zeroed anew by the kernel.
 - Memory asks for huge pages (`GLIBC_TUNABLES`): weights are read whole for every token, and a tenth of that
   time goes into looking up pages of 4 KiB.
-- Threads are no more than a container's CPU limit allows (`OMP_NUM_THREADS`, see engine/cores.py); without one OpenMP
-  counts the cores. What is left of a core is the HTTP process's.
+- Threads are no more than a container's CPU limit allows (`OMP_NUM_THREADS`, see engine/cores.py); without one
+  OpenMP counts the cores. What is left of a core is the HTTP process's.
 - Generated code is forgotten (`ONEDNN_*`, and `LRU_CACHE_CAPACITY` of the layer above it). oneDNN generates code for
   every size of a product that it meets, about 0.5 MB each, and would keep 1,024 of them twice: a server that meets
   prompts of all lengths grows by a gigabyte. Generating one anew takes 0.3 ms.
