@@ -278,6 +278,14 @@ def crowds() -> Iterator[Case]:
     sound, words = chat(clip(wav(16_000, 1, 24 * MIB)))(), chat(text("word " * MIB))()
     yield Case("crowd", "8 bodies of 34 MB", at_once(8, post(lambda: sound)))
     yield Case("crowd", "32 bodies of 5 MB of words", at_once(32, post(lambda: words)))
+    smile = json.dumps(
+        {"messages": [{"role": "user", "content": "word " * MIB + "\U0001f600"}]}, ensure_ascii=False
+    ).encode()
+    yield Case("crowd", "32 bodies of words, a smile", at_once(32, post(lambda: smile)))
+    values = b'{"messages": [' + b'{"role":"user","content":"%b\\ud83d\\ude00"},' % (b"x" * 30_000) * 250 + b"0]}"
+    yield Case("crowd", "32 bodies of 250 messages", at_once(32, post(lambda: values)))
+    ids = json.dumps({"prompt": [[10**6] * 4000] * 70}).encode()
+    yield Case("crowd", "32 bodies of 280,000 numbers", at_once(32, post(lambda: ids, "/v1/completions")))
     silence = base64.b64encode(flac_of_silence(hours=10)).decode()
     part = {"type": "input_audio", "input_audio": {"data": silence, "format": "flac"}}
     bomb = chat(part)()
