@@ -23,7 +23,7 @@ import pytest
 import soundfile
 from openai import OpenAI
 
-from deploy.roll import roll
+from deploy.roll import Smg, roll
 from tests.deploy.conftest import ROOT, Replica, client_of, free_port, wait_for
 from tests.deploy.load import CHATTING, FILE, SAID, ask, ask_streaming, question, under_load, upload
 
@@ -90,7 +90,8 @@ def client(front: Front, ready_replicas: list[Replica]) -> OpenAI:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:  # a router may take a moment to believe in a replica again
         try:
-            if all(SAID in ask(client) for _ in range(4)):
+            all_are_asked = not front.router or Smg(front.router, 30).routed() == {one.url for one in ready_replicas}
+            if all_are_asked and all(SAID in ask(client) for _ in range(4)):
                 return client
         except openai.OpenAIError:
             pass
