@@ -17,6 +17,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -232,7 +233,7 @@ class Memory(threading.Thread):
                 rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
             except OSError:
                 continue  # a decoder that has just ended
-            total += sum(int(rollup.split(f"{name}:")[1].split()[0]) for name in ("Pss_Anon", "Pss_Shmem"))
+            total += sum(map(int, re.findall(r"^Pss_(?:Anon|Shmem): +(\d+)", rollup, re.MULTILINE)))
         return total / 1024
 
     def run(self) -> None:
