@@ -30,7 +30,7 @@ from audio.source import AudioFile, AudioSource, InlineAudio, Text, is_data_url,
 if TYPE_CHECKING:
     from audio.fetch import MediaFetcher
 
-_MAX_WORKERS = 8
+_MIN_WORKERS, _MAX_WORKERS = 2, 8
 MAX_SPOOLED_BYTES = MIB
 """Of a clip's file in memory; a longer one is on disk."""
 
@@ -38,10 +38,9 @@ _OpenFile = AbstractContextManager[IO[bytes]]
 
 
 class AudioLoader:
-    """Loads clips, at most `num_workers` being decoded at once. Owns `fetcher`; None refuses links.
+    """Loads clips, several at once. Owns `fetcher`; None refuses links.
 
-    local_files: what file: URLs may name; None refuses them. num_workers: default: one for each core that this
-    process may use, from two to eight.
+    local_files: what file: URLs may name; None refuses them. num_cores: as many decoders, from two to eight.
     Use from one event loop; close with `aclose`.
     """
 
@@ -50,13 +49,13 @@ class AudioLoader:
         limits: AudioLimits,
         fetcher: "MediaFetcher | None" = None,
         local_files: LocalFiles | None = None,
-        num_workers: int | None = None,
+        num_cores: int = _MIN_WORKERS,
         decoder_limits: DecoderLimits | None = None,
     ) -> None:
         self._limits = limits
         self._fetcher = fetcher
         self._local_files = local_files
-        self._num_workers = num_workers or min(max(2, _num_cores()), _MAX_WORKERS)
+        self._num_workers = min(max(_MIN_WORKERS, num_cores), _MAX_WORKERS)
         self._decoders = DecoderPool(limits, decoder_limits)
         self._executor = ThreadPoolExecutor(self._num_workers, "audio-decode", _yield_to_others)
         self._slots = asyncio.Semaphore(self._num_workers)
@@ -155,11 +154,6 @@ def _timed(observer: LoadObserver, stage: str) -> Iterator[None]:
         yield
     finally:
         observer.stage(stage, began, time.monotonic())
-
-
-def _num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _yield_to_others() -> None:

@@ -53,9 +53,13 @@ class FiledText:
         """In the file: at least as many as the text has characters."""
         return self.end - self.begin
 
-    def raw(self) -> bytes:
-        """All of it in memory, as it stands in the file."""
-        return b"".join(self._raw_pieces())
+    def quoted(self) -> bytearray:
+        """All of it in memory, as it stands in the file, between quotes."""
+        quoted = bytearray(b'"')
+        for piece in self._raw_pieces():
+            quoted += piece
+        quoted += b'"'
+        return quoted
 
     def pieces(self) -> Iterator[bytes]:
         """The text, which must be ASCII, in pieces of about a mebibyte. Raises ValueError for any other."""

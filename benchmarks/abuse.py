@@ -2,8 +2,9 @@
 
 The engine is null (`benchmarks.null_engine`), so all that is measured is the front: the status and code of each
 input, the time until its refusal, how far the memory of the server and its decoders rises over what it is after
-honest requests (PSS, sampled every 20 ms), and what honest clients notice. Origins listen on loopback, which the
-server is told to allow for them alone. Anything but a 400 for one of the inputs ends the run with status 1.
+honest requests (libraries aside, sampled every 20 ms), and what honest clients notice. Origins listen on loopback,
+which the server is told to allow for them alone. Anything but a 400 for one of the inputs ends the run with status
+1.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -208,7 +210,10 @@ def hostile_requests(port: int, folder: Path) -> dict[str, bytes]:
 
 
 class Memory(threading.Thread):
-    """Samples the PSS of a server and its decoders."""
+    """Samples the memory of a server and its decoders.
+
+    Not the pages of libraries: how much of these counts here depends on who else on this machine has them mapped.
+    """
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -228,7 +233,7 @@ class Memory(threading.Thread):
                 rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
             except OSError:
                 continue  # a decoder that has just ended
-            total += int(rollup.split("Pss:")[1].split()[0])
+            total += sum(map(int, re.findall(r"^Pss_(?:Anon|Shmem): +(\d+)", rollup, re.MULTILINE)))
         return total / 1024
 
     def run(self) -> None:

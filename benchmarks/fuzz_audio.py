@@ -1,8 +1,8 @@
 """Looks for what hostile bytes and references do to the audio package: crashes, stalls, errors of other kinds.
 
 `files` mutates small files of all containers, from a seed, and sends them through the decoders as a server does. A
-file that ends a decoder, takes over a second or raises anything but an AudioError is a finding. `references` lets
-atheris (`pip install --group fuzz`; it follows Python code) write base64, data: URLs and links. Findings are
+file that ends a decoder, takes over a second twice or raises anything but an AudioError is a finding. `references`
+lets atheris (`pip install --group fuzz`; it follows Python code) write base64, data: URLs and links. Findings are
 written to `--findings`; each belongs into tests/audio/test_hostile_files.py or test_source.py with its fix.
 """
 
@@ -129,9 +129,9 @@ def files(args: argparse.Namespace) -> dict[str, Any]:
         while time.monotonic() < ends:
             data = mutated(source, corpus)
             num_deaths = deaths.signals.total()
-            started = time.monotonic()
-            outcome = outcome_of(lambda data=data: pool.decode(io.BytesIO(data)))  # type: ignore[misc]
-            took = time.monotonic() - started
+            outcome, took = timed(pool, data)
+            if took > SLOW_S:  # the machine may have been busy: what is slow is so again
+                took = min(took, timed(pool, data)[1])
             outcomes[outcome] += 1
             worst_s = max(worst_s, took)
             if took > SLOW_S or deaths.signals.total() > num_deaths or outcome.startswith("raised"):
@@ -148,6 +148,13 @@ def files(args: argparse.Namespace) -> dict[str, Any]:
         "worst_s": worst_s,
         "num_findings": num_findings,
     }
+
+
+def timed(pool: DecoderPool, data: bytes) -> tuple[str, float]:
+    """-> what became of a file, and the seconds that it took."""
+    started = time.monotonic()
+    outcome = outcome_of(lambda: pool.decode(io.BytesIO(data)))
+    return outcome, time.monotonic() - started
 
 
 def outcome_of(decode: Callable[[], np.ndarray[Any, Any]]) -> str:

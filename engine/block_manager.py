@@ -133,6 +133,8 @@ class BlockManager:
     def check_integrity(self, holders: Iterable[Sequence]) -> None:
         """Every block is free or held by those who say so, and what will be written by one only.
 
+        The engine calls it whenever it falls idle, and who asks then waits for it: no loop over all blocks.
+
         Raises AssertionError.
         """
         holders = list(holders)
@@ -152,9 +154,11 @@ class BlockManager:
         if self._prefix_cache is not None:
             self._prefix_cache.check_integrity()
             assert np.count_nonzero((counted == 0) & (self._last_used >= 0)) <= self.max_kept_blocks
-        for block in np.flatnonzero(counted == 0).tolist():
-            is_cached = self._prefix_cache is not None and block in self._prefix_cache
-            assert (self._last_used[block] >= 0) == is_cached, "a block is taken for empty or cached and is not"
+        is_cached = np.zeros(len(counted), bool)
+        if self._prefix_cache is not None:
+            is_cached[list(self._prefix_cache)] = True
+        is_wrong = ((self._last_used >= 0) != is_cached) & (counted == 0)
+        assert not is_wrong.any(), "a block is taken for empty or cached and is not"
 
     def _choose(self, count: int, after: int | None) -> list[int]:
         """Free blocks: the ones that follow `after`, else the lowest run, else the ones whose turn it is."""

@@ -112,7 +112,7 @@ class _QueueClient:
         self._dead: asyncio.Future[str] = self._loop.create_future()
         self._death = EngineDeadError
         self.num_finished = 0
-        """Requests that have had all their outputs."""
+        """Requests whose choices have all ended, none of them by a failure."""
         self.num_messages = 0
         """That have come from the engine: while it has work, at least one comes for each step."""
 
@@ -146,12 +146,12 @@ class _QueueClient:
                     raise output
                 if output.index not in flight.unfinished:
                     continue
-                if output.finish_reason is not None:
-                    flight.unfinished.remove(output.index)
                 if output.finish_reason is FinishReason.ERROR:
+                    flight.unfinished.remove(output.index)
                     raise RequestError(output.error or "the request failed")
+                if output.finish_reason is not None:
+                    self._end_choice(flight, output.index)
                 yield output
-            self.num_finished += 1
         finally:
             if alarm:
                 alarm.cancel()
@@ -169,8 +169,12 @@ class _QueueClient:
         """See EngineClient."""
         flight = self._in_flight.get(request_id)
         if flight is not None and index in flight.unfinished:
-            flight.unfinished.remove(index)
+            self._end_choice(flight, index)
             self._send(AbortRequest(request_id, index))
+
+    def _end_choice(self, flight: _InFlight, index: int) -> None:
+        flight.unfinished.remove(index)
+        self.num_finished += not flight.unfinished
 
     def check_health(self) -> None:
         """See EngineClient."""

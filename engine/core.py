@@ -211,7 +211,7 @@ class EngineCore:
             self._num_failed_steps = 0
             sampled |= result.sampled
             failed_clips |= result.failed_clips
-        return StepResult(sampled, frozenset(failed_clips))
+        return StepResult(sampled, self.runner.without_embeddings(plan.clips_to_encode) | failed_clips)
 
 
 def _unfinished(plan: SchedulerOutput) -> list[ScheduledSequence]:

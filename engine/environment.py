@@ -8,6 +8,8 @@ On a CPU:
   returned, each is mapped and zeroed anew by the kernel.
 - Memory asks for huge pages (`GLIBC_TUNABLES`): weights are read whole for every token, and a tenth of that
   time goes into looking up pages of 4 KiB.
+- Threads are no more than a container's CPU limit allows (`OMP_NUM_THREADS`, see engine/cores.py); without one
+  OpenMP counts the cores. What is left of a core is the HTTP process's.
 - Generated code is forgotten (`ONEDNN_*`, and `LRU_CACHE_CAPACITY` of the layer above it). oneDNN generates code for
   every size of a product that it meets, about 0.5 MB each, and would keep 1,024 of them twice: a server that meets
   prompts of all lengths grows by a gigabyte. Generating one anew takes 0.3 ms.
@@ -18,6 +20,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from engine.cores import affine_cores, usable_cores
 
 CPU_ENGINE = {
     "GOMP_SPINCOUNT": "10000",
@@ -33,7 +37,8 @@ CPU_ENGINE = {
 @contextmanager
 def engine_environment(device: str) -> Iterator[None]:
     """Processes spawned meanwhile get the settings for `--device`; what the operator has set stays."""
-    added = {} if device == "cuda" else {name: value for name, value in CPU_ENGINE.items() if name not in os.environ}
+    wanted = {} if device == "cuda" else CPU_ENGINE | _threads()
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
     if "OMP_WAIT_POLICY" in os.environ:
         added.pop("GOMP_SPINCOUNT", None)
     os.environ.update(added)
@@ -42,3 +47,8 @@ def engine_environment(device: str) -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+def _threads() -> dict[str, str]:
+    cores = usable_cores()
+    return {"OMP_NUM_THREADS": str(cores)} if cores < affine_cores() else {}

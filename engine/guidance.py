@@ -13,7 +13,6 @@ token like any other: where the grammar allows it, it ends the answer, finished 
 from __future__ import annotations
 
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -27,6 +26,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from engine.answer import SampledToken
+from engine.cores import usable_cores
 from engine.log_lines import log_bug
 from engine.messages import SequenceId
 from engine.sample_row import SampleRow
@@ -209,7 +209,7 @@ class Guidance:
 
     @cached_property
     def _threads(self) -> LLExecutor:
-        return LLExecutor(min(MAX_THREADS, max(1, (os.cpu_count() or 1) // 2)))
+        return LLExecutor(min(MAX_THREADS, max(1, usable_cores() // 2)))
 
 
 def _take(allowed: NDArray[np.uint8], token_id: int) -> bool:

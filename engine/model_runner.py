@@ -162,6 +162,10 @@ class ModelRunner(RankRunner):
         logits = self._logits(step, list(rows))
         step.sampled = self.sampler.sample(logits, batch, masks.result() if masks else None)
 
+    def without_embeddings(self, clips: Rows[AudioClip]) -> frozenset[str]:
+        """Content hashes of those that are not here: whoever brings such a clip has to have it encoded."""
+        return frozenset(clip.content_hash for clip in clips) - self._clips.keys()
+
     def release(self, sequence_id: SequenceId) -> None:
         """Forget an ended sequence. Fine for one never seen."""
         self.sampler.penalties.release(sequence_id)

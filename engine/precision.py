@@ -7,6 +7,7 @@ import torch
 from engine.errors import EngineStartError
 from engine.messages import EngineArgs
 from model.attention import AttentionBackend
+from model.cpu import can_pack
 from model.triton_kernels.language import IS_INSTALLED
 
 FP8_CAPABILITY = (8, 9)
@@ -36,6 +37,9 @@ def check_quantization(args: EngineArgs, device: torch.device, dtype: torch.dtyp
     """Raises EngineStartError when `--quantization` cannot be honoured on this device in this precision."""
     if args.quantization == "int8" and device.type != "cpu":
         raise EngineStartError("--quantization int8 is for --device cpu; a GPU takes fp8")
+    if args.quantization == "int8" and not can_pack(dtype):
+        name = str(dtype).removeprefix("torch.")
+        raise EngineStartError(f"--quantization int8: this CPU has no such products in {name}; use --dtype float32")
     if args.quantization != "fp8":
         return
     if device.type != "cuda":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from array import array
+from collections.abc import Iterator
 from hashlib import blake2b
 
 from engine.sequence import Sequence
@@ -31,6 +32,9 @@ class PrefixCache:
 
     def __contains__(self, block: int) -> bool:
         return block in self._keys
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._keys)
 
     def find(self, sequence: Sequence, most: int) -> list[int]:
         """The blocks that hold the beginning of `sequence`, as far as there are any; at most `most`."""

@@ -14,10 +14,16 @@ from model.one_token_cpu import compile_kernels as compile_one_token
 from model.qwen2_audio import Qwen2Audio
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN keeps weights of this precision in its own layout: float16 and, before AVX-512, bfloat16 it
+    packs only for CPUs that multiply them. Layers stay as they are loaded otherwise."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
 def prepare_for_cpu(model: Qwen2Audio, *, int8: bool = False) -> None:
     """Change layers in place. `int8`: the decoder's products with few rows read weights of 8 bits."""
-    if model.dtype == torch.float16:
-        return  # oneDNN packs it only for CPUs that multiply it
+    if not can_pack(model.dtype):
+        return
     of_decoder = {*model.decoder.modules(), model.lm_head}
     for module in model.modules():
         if isinstance(module, Linear):

@@ -25,6 +25,7 @@ from audio.media_cache import MediaCache
 from configs.recipes import transcription_recipe
 from configs.settings import Settings
 from engine.client import EngineClient
+from engine.cores import usable_cores
 from engine.supervisor import SupervisedEngineClient
 from model.config import SAMPLE_RATE, GenerationConfig, Qwen2AudioConfig
 from server.access.admission import PromptQueue, Traffic
@@ -220,6 +221,7 @@ def _audio_loader(settings: Settings, keys: ApiKeys) -> AudioLoader:
         limits,
         MediaFetcher(policy, limits, cache=cache),
         local_files=None if folder is None else LocalFiles(folder, limits),
+        num_cores=usable_cores(),
     )
 
 

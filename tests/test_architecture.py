@@ -51,6 +51,7 @@ TORCH_FREE_ENGINE = {
     "engine.block_manager",
     "engine.channel",
     "engine.client",
+    "engine.cores",
     "engine.encoder_cache",
     "engine.errors",
     "engine.guidance",

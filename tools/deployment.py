@@ -1,7 +1,6 @@
 """Lint what is deployed: the image, compose files, manifests, nginx, CI's files. `make lint-deploy`.
 
-What needs a cluster or a Docker engine is not here: tests/deploy runs the topology. Custom resources of Kubernetes
-have no schema here and are read as YAML only.
+What needs a cluster or a Docker engine is not here: tests/deploy runs the topology.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from typing import Any
 
 import yaml
 
+from tools.custom_resources import MODELS
 from tools.locked import ROOT
 
 BIN = Path(sys.executable).parent
 DEPLOY = ROOT / "deploy"
 GITHUB = ROOT / ".github"
 COMPOSE = [ROOT / "docker-compose.yml", *sorted(DEPLOY.glob("compose.*.yml"))]
-CUSTOM = {"keda.sh/v1alpha1", "inference.networking.k8s.io/v1", "kustomize.config.k8s.io/v1beta1"}
+KUSTOMIZATION = "kustomization.yaml"
 
 Command = list[str | Path]
 
@@ -39,7 +39,7 @@ _Compose.add_constructor("!override", lambda loader, node: loader.construct_obje
 def commands(folder: Path) -> Iterator[Command]:
     """All that can run here; `folder` takes what is written for them."""
     yield [BIN / "yamllint", "--strict", ROOT]
-    yield [BIN / "shellcheck", ROOT / ".ci/run"]
+    yield [BIN / "shellcheck", ROOT / ".ci/run", *sorted(DEPLOY.glob("*.sh"))]
     yield [BIN / "hadolint", "--config", ROOT / ".hadolint.yaml", ROOT / "Dockerfile"]
     for kind, files in (
         ("compose-spec", [_as_json(path, folder) for path in COMPOSE]),
@@ -48,8 +48,10 @@ def commands(folder: Path) -> Iterator[Command]:
         ("github-issue-forms", [one for one in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml") if one.stem != "config"]),
     ):
         yield [BIN / "check-jsonschema", "--quiet", "--builtin-schema", f"vendor.{kind}", *files]
-    manifests = [path for path in sorted((DEPLOY / "kubernetes").glob("*.yaml")) if not _is_custom(path)]
-    yield [BIN / "kubernetes-validate", "--strict", "--quiet", *manifests]
+    manifests = [path for path in sorted((DEPLOY / "kubernetes").glob("*.yaml")) if path.name != KUSTOMIZATION]
+    custom = [path for path in manifests if _is_custom(path)]
+    yield [BIN / "kubernetes-validate", "--strict", "--quiet", *(path for path in manifests if path not in custom)]
+    yield [sys.executable, "-m", "tools.custom_resources", *custom]
     if program := shutil.which("nginx"):
         yield [program, "-t", "-q", "-p", folder, "-c", _on_this_machine(DEPLOY / "nginx.conf", folder)]
     else:
@@ -65,7 +67,7 @@ def _as_json(path: Path, folder: Path) -> Path:
 
 def _is_custom(path: Path) -> bool:
     """Whether all its documents are of kinds that come with an extension. Any other that has no schema fails."""
-    return all(one["apiVersion"] in CUSTOM for one in yaml.safe_load_all(path.read_text()))
+    return all((one["apiVersion"], one["kind"]) in MODELS for one in yaml.safe_load_all(path.read_text()))
 
 
 def _on_this_machine(path: Path, folder: Path) -> Path:
@@ -79,6 +81,10 @@ def _on_this_machine(path: Path, folder: Path) -> Path:
     return target
 
 
+def _name(command: Command) -> str:
+    return str(command[2]) if command[1] == "-m" else Path(command[0]).name
+
+
 def main() -> int:
     """Run all of them, whatever some say. -> exit status."""
     failed = 0
@@ -88,7 +94,7 @@ def main() -> int:
             output = answer.stdout + answer.stderr
             is_bad = answer.returncode != 0 or "Couldn't find schema" in output
             failed += is_bad
-            print(f"{'FAILED' if is_bad else 'ok'}: {Path(command[0]).name}", output if is_bad else "", flush=True)
+            print(f"{'FAILED' if is_bad else 'ok'}: {_name(command)}", output if is_bad else "", flush=True)
     return 1 if failed else 0
 
 

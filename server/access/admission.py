@@ -7,6 +7,7 @@ queue. Who finds none is told so before a byte of the body is read.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Traffic:
         self.memory = memory or Budget()
         self.disk = disk or Budget()
         self.audio = audio or Budget()
+        self._parsing = asyncio.Lock()
         self.is_draining = False
 
     def check_welcome(self) -> None:
@@ -44,7 +46,7 @@ class Traffic:
     @contextmanager
     def place(self, method: str) -> Iterator[HeldBytes]:
         """Count a request while it is served. -> what its body holds. Raises ApiError (503) when all are taken."""
-        held = HeldBytes(self.memory, self.disk, self.audio)
+        held = HeldBytes(self.memory, self.disk, self.audio, self._parsing)
         if method != "POST":
             yield held
             return

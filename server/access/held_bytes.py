@@ -6,6 +6,7 @@ Whoever reads a body or decodes a clip says what the request holds by now; who w
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ class HeldBytes:
     disk: Budget = field(default_factory=Budget)
     audio: Budget = field(default_factory=Budget)
     """Of samples: here, and until they are encoded in the engine's process too."""
+    parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Of whoever makes values of a large body: for a moment that takes several times what the body holds."""
     _in_memory: int = 0
     _on_disk: int = 0
     _of_audio: int = 0

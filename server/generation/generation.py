@@ -126,7 +126,7 @@ class Generation:
                             if delta.finish_reason:
                                 del choices[output.index]
                                 record.finish(delta.finish_reason)
-                                if choices and not output.finish_reason:
+                                if not output.finish_reason:
                                     self.engine.end_choice(self.request.request_id, output.index)
                             if delta.text or delta.calls or delta.finish_reason:
                                 yield delta

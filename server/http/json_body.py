@@ -8,6 +8,7 @@ where audio stands, and of requests nothing else.
 from __future__ import annotations
 
 import secrets
+import sys
 from typing import Any
 
 from pydantic_core import from_json
@@ -24,6 +25,10 @@ MAX_JSON_VALUES = 300_000
 """Of a body, about: parsed, a value takes hundreds of bytes for the two that it has here. Base64 holds none."""
 MAX_JSON_OBJECTS = 50_000
 """Of a body, about: validated, each is worth twenty other values."""
+VALUE_BYTES = 64
+"""What a parsed value takes of memory beside its text, about."""
+MAX_CHAR_BYTES = 4
+"""Of each character of a string in memory that has an emoji."""
 
 
 class JsonReader:
@@ -40,14 +45,20 @@ class JsonReader:
         self._texts: list[FiledText] = []
         self._mark = secrets.token_hex(16)
         """What no client can write."""
+        self._num_parsed_bytes = 0
         self._cut_escape = b""
         """A backslash at the end of what has come."""
-        self._num_restored = 0
+        self._num_text_bytes = 0
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its values take no memory worth counting."""
+        return self._file is None and len(self._kept) <= LONG_STRING_BYTES
 
     @property
     def num_memory_bytes(self) -> int:
         """Held by now."""
-        return len(self._kept) + self._num_restored
+        return len(self._kept) + self._num_parsed_bytes
 
     @property
     def num_disk_bytes(self) -> int:
@@ -66,7 +77,7 @@ class JsonReader:
         """
         if self._aside_from is not None:
             raise unparsable()
-        self._check_number()
+        num_values = self._check_number()
         try:
             # Not model_validate_json: each union that looks at a part before it chooses would copy it.
             values = from_json(self._kept)
@@ -74,6 +85,10 @@ class JsonReader:
             if "recursion limit" in str(error):
                 raise bad_request("The JSON body is nested too deeply.", code="json_too_deep") from None
             raise unparsable() from None
+        is_plain = self._kept.isascii() and rb"\u" not in self._kept
+        self._num_parsed_bytes = num_values * VALUE_BYTES + len(self._kept) * (1 if is_plain else MAX_CHAR_BYTES)
+        self._num_text_bytes = len(self._kept)
+        self._kept.clear()
         return self._filled(values, "", "") if self._texts else values
 
     def _take(self, piece: bytes) -> None:
@@ -107,11 +122,12 @@ class JsonReader:
         self._file.write(self._kept[begin:])
         del self._kept[begin:]
 
-    def _check_number(self) -> None:
+    def _check_number(self) -> int:
         num_objects = self._kept.count(b"{")
         num_values = num_objects + self._kept.count(b",") + self._kept.count(b"[")
         if num_values > MAX_JSON_VALUES or num_objects > MAX_JSON_OBJECTS:
             raise ApiError(413, "The request body holds too many values.", code="request_too_large")
+        return num_values
 
     def _filled(self, value: Any, key: str, parent_key: str) -> Any:
         """The value under `key`, of an object that is the value of `parent_key`."""
@@ -127,13 +143,15 @@ class JsonReader:
         return text if _is_audio(key, parent_key) else self._restored(text)
 
     def _restored(self, text: FiledText) -> str:
-        if self.num_memory_bytes + text.num_bytes > MAX_TEXT_BYTES:
+        self._num_text_bytes += text.num_bytes
+        if self._num_text_bytes > MAX_TEXT_BYTES:
             raise _too_much_text()
-        self._num_restored += text.num_bytes
         try:
-            return str(from_json(b'"%b"' % text.raw()))
+            restored = str(from_json(text.quoted()))
         except ValueError:
             raise unparsable() from None
+        self._num_parsed_bytes += sys.getsizeof(restored)
+        return restored
 
 
 def _is_audio(key: str, parent_key: str) -> bool:

@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from server.access.held_bytes import HeldBytes
 from server.errors import ApiError, bad_request
-from server.http.body import check_declared_size, refused_when_full, too_large
+from server.http.body import check_declared_size, check_not_encoded, refused_when_full, too_large
 
 FILE_FIELD = "file"
 MAX_PARTS = 128
@@ -66,13 +66,14 @@ class Form:
 async def read_form(request: Request, max_bytes: int) -> Form:
     """Read a form that has a file. Close it when done.
 
-    Raises ApiError: 413 above `max_bytes`, 415 for another content type, 400 for what is no form or has no file, 503
-    when bodies take too much already.
+    Raises ApiError: 413 above `max_bytes`, 415 for another content type or encoding, 400 for what is no form or
+    has no file, 503 when bodies take too much already.
     """
     held: HeldBytes = request.state.held
     media_type, options = parse_options_header(request.headers.get("content-type"))
     if media_type.lower() != b"multipart/form-data":
         raise ApiError(415, "The Content-Type header must be multipart/form-data.")
+    check_not_encoded(request)
     boundary = options.get(b"boundary", b"")
     if not 1 <= len(boundary) <= 70:  # RFC 2046
         raise bad_request("The Content-Type header must have a boundary of 1 to 70 characters.")

@@ -1,5 +1,6 @@
 """Files made to hurt: whatever arrives, the answer is a Pcm or an AudioError, soon and in little memory."""
 
+import contextlib
 import io
 import random
 import re
@@ -163,6 +164,20 @@ def test_index_of_a_billion_samples_allocates_nothing_like_it():
     growth_mib, seconds = cost_of_refusal(index_bomb(), None)
     assert growth_mib < 100
     assert seconds < 5
+
+
+def test_megabytes_of_broken_frames_are_given_up_soon():
+    """Decoders look for the next good frame: what a fuzzer found slow, many times over."""
+    good = written(chirp(0.25, 48_000, channels=2), 48_000, "MP3")
+    for data in (
+        (good[:417] + bytes(8)) * 40_000,
+        good[:417] + RNG.randbytes(16 << 20),
+        b"".join(b"\xff\xf1\x4c\x80\x2f\xff\xfc" + RNG.randbytes(370) for _ in range(40_000)),
+    ):
+        started = time.thread_time()
+        with contextlib.suppress(AudioError):
+            decode(data, AudioLimits())
+        assert time.thread_time() - started < 5
 
 
 def test_mutated_files_never_raise_anything_else():

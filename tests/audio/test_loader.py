@@ -114,7 +114,7 @@ def test_workers_are_bounded(monkeypatch):
         return really_decode(pool, file, *more)
 
     monkeypatch.setattr(DecoderPool, "decode", slow_decode)
-    assert len(load(*[AudioFile(io.BytesIO(WAV)) for _ in range(8)], num_workers=2)) == 8
+    assert len(load(*[AudioFile(io.BytesIO(WAV)) for _ in range(8)], num_cores=2)) == 8
     assert most_running == 2
 
 

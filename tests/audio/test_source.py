@@ -148,6 +148,6 @@ def test_a_text_file_is_gone_with_its_last_text():
     before = len(os.listdir("/proc/self/fd"))
     text = filed("AAAA")
     assert len(os.listdir("/proc/self/fd")) == before + 1
-    assert text.raw() == b"AAAA"
+    assert text.quoted() == b'"AAAA"'
     del text
     assert len(os.listdir("/proc/self/fd")) == before

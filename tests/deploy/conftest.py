@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +18,19 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from deploy.roll import RollError
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
 
 
 def free_port() -> int:
-    """One that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that was free a moment ago, and that no outgoing connection is given meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)  # below what Linux gives
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes] | None = None) -> None:
@@ -66,6 +72,13 @@ class Replica:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(90)
+
+    def restart(self) -> None:
+        """As a service manager does. Raises RollError: it did not drain."""
+        status = self.drain()
+        if status:
+            raise RollError(f"a drained replica ended with status {status}")
+        self.start()
 
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:

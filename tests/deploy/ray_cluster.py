@@ -18,7 +18,10 @@ def main(port: int) -> None:
     """Prints `ready`, and `done` after each order."""
     os.environ |= {"TYMPAN_REPLICAS": "2", "TYMPAN_GPUS_PER_REPLICA": "0"}
     variables = {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
-    ray.init(num_cpus=4, include_dashboard=False, _node_ip_address="127.0.0.1", runtime_env={"env_vars": variables})
+    ray.init(
+        num_cpus=2, object_store_memory=80 << 20, include_dashboard=False,
+        _node_ip_address="127.0.0.1", runtime_env={"env_vars": variables},
+    )  # fmt: skip
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     from deploy.ray_serve import deployment
 

@@ -35,6 +35,7 @@ class Cluster:
             cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"),
         )  # fmt: skip
+        self.pid = self._process.pid
         self._wait_for("ready")
 
     def order(self, order: str) -> None:

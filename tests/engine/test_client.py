@@ -125,6 +125,28 @@ def test_an_iterator_that_is_never_pulled_submits_nothing(gqa_folder: Path) -> N
     with_client(gqa_folder, InlineEngineClient, test)
 
 
+def test_requests_count_as_finished_however_their_readers_leave(gqa_folder: Path) -> None:
+    """A reader that has seen the last output closes the iterator; so does one that has found its stop string."""
+
+    async def test(client: EngineClient) -> None:
+        assert isinstance(client, InlineEngineClient)
+        for number, is_cut in enumerate((False, True, False)):
+            request = SHORT.request(str(number), max_tokens=3)
+            async with aclosing(client.generate(request)) as outputs:
+                async for output in outputs:
+                    if is_cut and output.new_token_ids:
+                        client.end_choice(request.request_id, 0)
+                    if is_cut or output.finish_reason:
+                        break
+            assert client.num_finished == number + 1
+        async with aclosing(client.generate(SHORT.request("left", **ENDLESS))) as outputs:
+            await anext(outputs)
+        assert client.num_finished == 3
+        await idle(client)
+
+    with_client(gqa_folder, InlineEngineClient, test)
+
+
 def spoil(request: EngineRequest, **changes: Any) -> EngineRequest:
     return dataclasses.replace(request, **changes)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from engine.core import MAX_FAILED_STEPS, EngineCore
 from engine.errors import RequestError
@@ -59,6 +62,34 @@ def test_a_request_that_breaks_the_step_ends_alone(core: EngineCore) -> None:
     together, endings = run(core)
     assert endings["poisoned"] is FinishReason.ERROR
     assert {name: together[name] for name in honest} == alone
+
+
+@pytest.mark.parametrize("num_failures", [2, 3])
+def test_a_clip_that_found_no_memory_is_encoded_when_it_comes_again(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    """Neither the encoder cache nor the prefix cache may take its placeholders for its sound."""
+    encode = core.runner._encode_batch
+    failures = iter([True] * num_failures)  # in the step, then for each request alone
+
+    def scarce(clips: Any) -> None:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("no room for it")
+        encode(clips)
+
+    monkeypatch.setattr(core.runner, "_encode_batch", scarce)
+    prompt = Prompt.of(3, noise(30_000), 4, 5)
+    for name in ("first", "second"):
+        core.add_request(prompt.request(name, max_tokens=12))
+    tokens, endings = run(core)
+    core.add_request(prompt.request("again", max_tokens=12))
+    again = run(core)[0]["again"]
+    core.scheduler.encoder_cache.clear()
+    core.add_request(replace(prompt.request("anew", max_tokens=12), cache_salt="finds nothing"))
+    expected = run(core)[0]["anew"]
+    assert again == expected
+    assert endings["first"] is FinishReason.ERROR
+    assert tokens["second"] == (expected if num_failures == 2 else [])
 
 
 def test_a_device_that_computes_nothing_ends_the_engine(core: EngineCore) -> None:

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from engine.cores import affine_cores
 from engine.environment import CPU_ENGINE, engine_environment
 
 
@@ -27,7 +28,7 @@ def child_environment(device: str) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*CPU_ENGINE, "OMP_WAIT_POLICY"):
+    for name in (*CPU_ENGINE, "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -51,3 +52,16 @@ def test_what_the_operator_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> Non
         assert os.environ["MALLOC_TOP_PAD_"] == "1"
         assert "GOMP_SPINCOUNT" not in os.environ
     assert os.environ["MALLOC_TOP_PAD_"] == "1"
+
+
+def test_threads_are_as_few_as_a_limit_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a limit OpenMP counts the cores: it knows which are the two halves of one."""
+    for cores, wanted in ((affine_cores(), None), (affine_cores() - 1, str(affine_cores() - 1))):
+        monkeypatch.setattr("engine.environment.usable_cores", lambda cores=cores: cores)
+        with engine_environment("cpu"):
+            assert os.environ.get("OMP_NUM_THREADS") == wanted
+        with engine_environment("cuda"):
+            assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with engine_environment("cpu"):
+        assert os.environ["OMP_NUM_THREADS"] == "7"

@@ -193,6 +193,35 @@ def test_all_together_in_another_order(gqa: Expected) -> None:
     assert run(core, list(reversed(PROMPTS))) == gqa.tokens
 
 
+@pytest.mark.parametrize("changes", [{}, {"async_scheduling": True}, {"num_speculative_tokens": 3}], ids=str)
+def test_alone_then_with_another_then_alone_again(
+    gqa: Expected, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """One running sequence takes another way through a CPU than two: company that comes and goes changes nothing."""
+    core = EngineCore.build(args_of(gqa.folder, **changes))
+    sizes: list[int] = []
+    launch = core.runner.launch
+
+    def watched(plan: Any, *before: Any) -> Any:
+        sizes.extend([len(plan.scheduled)] if plan.scheduled else [])
+        return launch(plan, *before)
+
+    monkeypatch.setattr(core.runner, "launch", watched)
+    tokens: dict[str, list[int]] = defaultdict(list)
+    waiting = {3: "no audio", 5: "0.3 s"}
+    core.add_request(request_of("7.3 s"))
+    while core.has_work:
+        if name := waiting.pop(len(sizes), None):
+            core.add_request(request_of(name, max_tokens=5, min_tokens=5))
+            if not waiting:
+                core.abort("no audio")
+        for output in core.step():
+            tokens[output.request_id] += output.new_token_ids
+    assert tokens["7.3 s"] == gqa.tokens["7.3 s"]
+    assert (sizes[0], max(sizes), sizes[-1]) == (1, 2, 1)
+    assert tokens["0.3 s"] == gqa.tokens["0.3 s"][:5]
+
+
 def test_three_choices_of_each(gqa: Expected) -> None:
     core = EngineCore.build(args_of(gqa.folder, max_num_batched_tokens=300, max_num_seqs=16))
     tokens: dict[Any, list[int]] = defaultdict(list)

@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.errors import EngineStartError
+from engine.messages import EngineArgs
+from engine.precision import check_quantization
 from model.attention import AttentionMetadata, select_backend
 from model.config import Qwen2AudioConfig, TextConfig
-from model.cpu import prepare_for_cpu
+from model.cpu import can_pack, prepare_for_cpu
 from model.gemv_cpu import packed_blocks
 from model.kv_cache import allocate_kv_cache
 from model.linear import Linear
@@ -29,7 +32,7 @@ BLOCK_SIZE = 16
 NUM_BLOCKS = 40
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(scope="module", params=list(filter(can_pack, [torch.float32, torch.bfloat16])), ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     kind: torch.dtype = request.param
     return kind
@@ -146,6 +149,21 @@ def test_only_the_attention_that_was_chosen_runs(mha_folder: Path) -> None:
         model = load_model(mha_folder, config, backend, torch.float32, CPU)
         prepare_for_cpu(model)
         assert (model.decoder.one_token is not None) == (name == "cpu")
+
+
+def test_what_the_cpu_cannot_pack_stays_as_loaded(mha_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without AVX-512, told to use bfloat16."""
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    backend, _ = select_backend("cpu", CPU)
+    model = load_model(mha_folder, Qwen2AudioConfig.from_folder(mha_folder), backend, torch.bfloat16, CPU)
+    prepare_for_cpu(model)
+    assert model.decoder.one_token is None
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    args = EngineArgs(str(mha_folder), device="cpu", dtype="bfloat16", quantization="int8")
+    with pytest.raises(EngineStartError, match=r"--quantization int8: .* in bfloat16; use --dtype float32"):
+        check_quantization(args, CPU, torch.bfloat16)
+    with pytest.raises(EngineStartError, match="in float16"):
+        check_quantization(args, CPU, torch.float16)
 
 
 @torch.inference_mode()

@@ -59,8 +59,9 @@ class FakeEngineClient:
     stats: EngineStats = field(default_factory=EngineStats)
     requests: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    """Requests that were left before their last choice had ended by itself."""
     ended: list[tuple[str, int]] = field(default_factory=list)
-    """Choices that were ended alone."""
+    """Choices that were ended by name."""
     dead: asyncio.Event = field(default_factory=asyncio.Event)
     death: EngineDeadError = field(default_factory=lambda: EngineDeadError("the engine was killed"))
     is_closed: bool = False
@@ -84,7 +85,7 @@ class FakeEngineClient:
                         yield dataclasses.replace(output, index=index)
         finally:
             self.num_running -= 1
-            if unfinished - {index for request_id, index in self.ended if request_id == request.request_id}:
+            if unfinished:
                 self.aborted.append(request.request_id)
 
     def end_choice(self, request_id: str, index: int) -> None:

@@ -55,7 +55,7 @@ def test_streamed_choices_have_a_role_and_an_end_each(served: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_ends_each_choice_and_the_last_one_the_request(served: Served, stream: bool) -> None:
+def test_a_stop_string_ends_each_choice_and_with_the_last_the_request(served: Served, stream: bool) -> None:
     served.say("one two three four", end=False)
     body = {"messages": [user("Hi")], "n": 2, "stop": "o th", "stream": stream}
     response = served.post(body)
@@ -66,7 +66,7 @@ def test_a_stop_string_ends_each_choice_and_the_last_one_the_request(served: Ser
         assert [choice["message"]["content"] for choice in ends] == ["one tw"] * 2
     assert [(choice["index"], choice["stop_reason"]) for choice in ends] == [(0, "o th"), (1, "o th")]
     (request,) = served.engine.requests
-    assert served.engine.ended == [(request.request_id, 0)]
+    assert served.engine.ended == [(request.request_id, 0), (request.request_id, 1)]
     assert served.engine.aborted == [request.request_id]
 
 

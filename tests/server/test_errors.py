@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import logging
 import socket
@@ -197,6 +198,18 @@ def test_content_type(served: Served) -> None:
     response = served.post(chat(), headers={"Content-Type": "text/plain"})
     assert response.status_code == 415
     check_envelope(response)
+
+
+def test_compressed_bodies_are_refused_by_name(served: Served) -> None:
+    packed = gzip.compress(json.dumps(chat()).encode())
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    forms = {"Content-Type": "multipart/form-data; boundary=b", "Content-Encoding": "br"}
+    for path, head in (("/v1/chat/completions", headers), ("/v1/files", forms), ("/v1/audio/transcriptions", forms)):
+        response = served.client.post(served.url + path, content=packed, headers=head)
+        assert response.status_code == 415
+        assert "Content-Encoding" in check_envelope(response)["message"]
+    plain = served.post(chat(), headers={"Content-Encoding": "identity"})
+    assert plain.status_code == 200
 
 
 def test_body_over_the_cap(served: Served) -> None:

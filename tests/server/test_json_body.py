@@ -8,6 +8,8 @@ import io
 import json
 import os
 import resource
+import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from audio import FiledText
 from server.access.held_bytes import Budget, HeldBytes
 from server.errors import ApiError
+from server.http import body as body_module
 from server.http import json_body
 from server.http.json_body import LONG_STRING_BYTES, MAX_TEXT_BYTES, JsonReader
 
@@ -113,6 +116,57 @@ def test_a_budget_is_shared_and_given_back() -> None:
     first.release()
     second.release()
     assert memory.num_bytes == 0
+
+
+@pytest.mark.parametrize("value", [
+    "x" * 3_000_000,
+    "x" * 3_000_000 + "\N{PILE OF POO}",
+    ["x" * 30_000 + "\N{PILE OF POO}"] * 90,
+    [[1_000_000_000 + number] for number in range(100_000)],
+], ids=["letters", "letters and an emoji", "short strings", "numbers"])  # fmt: skip
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_what_values_take_is_counted(value: Any, ascii_only: bool) -> None:
+    """Not what the body took: one emoji makes four bytes of each character beside it."""
+    body = json.dumps({"x": value}, ensure_ascii=ascii_only).encode()
+    reader = JsonReader()
+    tracemalloc.start()
+    try:
+        reader.write(body)
+        values = reader.values()
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert values["x"] == value
+    assert taken < 1.7 * reader.num_memory_bytes + 100_000
+
+
+def test_large_bodies_are_parsed_one_after_the_other(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes several times its size meanwhile. Small ones do not wait for them."""
+    served = servers.start(max_num_seqs=16)
+    served.say("Hello there!")
+    large = json.dumps({"messages": [user("word " * 50_000)]}).encode()
+    parsing: list[int] = []
+    most: list[int] = []
+    is_small_answered = threading.Event()
+
+    def validate(model: Any, reader: JsonReader) -> Any:
+        if reader.is_small:
+            return validated(model, reader)
+        parsing.append(1)
+        most.append(len(parsing))
+        assert is_small_answered.wait(30)
+        parsing.pop()
+        return validated(model, reader)
+
+    validated = body_module.validate_json
+    monkeypatch.setattr(body_module, "validate_json", validate)
+    with ThreadPoolExecutor(6) as pool:
+        codes = [pool.submit(code_of, served, large) for _ in range(6)]
+        assert served.post({"messages": [user("Hi")]}).status_code == 200
+        assert not any(code.done() for code in codes)
+        is_small_answered.set()
+        assert {code.result() for code in codes} == {"context_length_exceeded"}
+    assert most == [1] * 6
 
 
 def clip_of(num_bytes: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -120,20 +121,24 @@ def test_nothing_but_a_key_opens(guess: str, key: str) -> None:
     assert opens(keys, guess) == (guess.strip() in (key, "other"))
 
 
-def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[bytes] = []
+def test_every_key_is_compared(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever fits: hashes, so that no length and no common beginning shows; of flags and file."""
+    compared: list[tuple[bytes, bytes]] = []
 
     def compare(one: bytes, other: bytes) -> bool:
-        compared.append(other)
+        compared.append((one, other))
         return one == other
 
     monkeypatch.setattr("server.access.auth.secrets.compare_digest", compare)
-    keys = ApiKeys(["one", "two", "three"])
-    for key in ("one", "three", "none"):
+    path.write_text("four\nfive\n")
+    keys = ApiKeys(["one", "two", "three"], KeyFile(path))
+    digests = [hashlib.sha256(key.encode()).digest() for key in ("one", "two", "three", "four", "five")]
+    for guess in ("one", "three", "five", "none", "on", "one" * 1000):
         compared.clear()
-        opens(keys, key)
-        assert len(compared) == 3
-        assert {len(digest) for digest in compared} == {32}
+        opens(keys, guess)
+        assert [other for _, other in compared] == digests
+        assert {one for one, _ in compared} == {hashlib.sha256(guess.encode()).digest()}
+    assert not any(key in repr(vars(keys)) for key in ("'one'", "'two'", "three", "four"))
 
 
 def test_a_server_with_a_file_alone_is_closed(servers: Servers, path: Path, caplog: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ ALERTS = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
 PROMETHEUS = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "tympan.json").read_text())
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+[KUBERNETES, *_] = yaml.safe_load_all((DEPLOY / "kubernetes" / "tympan.yaml").read_text())
 KEDA = [*yaml.safe_load_all((DEPLOY / "kubernetes" / "keda.yaml").read_text())]
 
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
@@ -145,7 +147,10 @@ def test_compose_gives_each_what_its_configuration_names() -> None:
     assert job["job_name"] in "".join(rule["expr"] for rule in rules())
     [discovery] = job["dns_sd_configs"]
     assert {*discovery["names"]} <= services.keys()
-    assert discovery["port"] == 8000
+    for name in discovery["names"]:
+        environment = services[name]["environment"]
+        assert environment["TYMPAN_METRICS_PORT"] == str(discovery["port"]), "it is read where no key is asked for"
+        assert environment["TYMPAN_METRICS_HOST"] == "0.0.0.0"
     seen = mounts("grafana")
     provisioning = seen["/etc/grafana/provisioning"]
     [provider] = yaml.safe_load((provisioning / "dashboards" / "tympan.yml").read_text())["providers"]
@@ -158,3 +163,12 @@ def test_the_proxy_knows_the_replicas_of_compose() -> None:
     replicas = set(re.findall(r"server (\S+):8000", (ROOT / "deploy/nginx.conf").read_text()))
     assert replicas == {name for name in COMPOSE["services"] if name.startswith("tympan")}
     assert replicas == set(COMPOSE["services"]["nginx"]["depends_on"])
+
+
+def test_kubernetes_scrapes_the_port_that_asks_for_no_key() -> None:
+    pod = KUBERNETES["spec"]["template"]
+    [container] = pod["spec"]["containers"]
+    port = pod["metadata"]["annotations"]["prometheus.io/port"]
+    assert ("--metrics-port", port) in pairwise(container["args"])
+    assert ("--metrics-host", "0.0.0.0") in pairwise(container["args"])
+    assert {"name": "metrics", "containerPort": int(port)} in container["ports"]

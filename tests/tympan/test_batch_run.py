@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -156,6 +157,37 @@ def test_against_a_server(servers: Servers, tmp_path: Path, monkeypatch: pytest.
     assert [body["choices"][0]["message"]["content"] for body in answers] == ["Hello there!"] * 5
     requests.write_text("".join(requests.read_text().splitlines(keepends=True)[:5]))
     assert batch.main() == 0
+
+
+def test_links_to_inside_addresses_are_refused_in_their_lines(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CVE-2026-34753: a batch fetches by the server's own rules, and what it may not reach gets no packet."""
+    served = servers.start()
+    served.say("Hello there!")
+    requests, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    with socket.create_server(("127.0.0.1", 0)) as inside:
+        port = inside.getsockname()[1]
+        urls = [f"http://127.0.0.1:{port}/a.wav", f"http://[::ffff:127.0.0.1]:{port}/a.wav",
+                f"http://localhost:{port}/a.wav", "http://169.254.169.254/latest", "file:///etc/passwd"]  # fmt: skip
+        lines = []
+        for index, url in enumerate([None, *urls, None]):
+            part = {"type": "audio_url", "audio_url": {"url": url}} if url else {"type": "text", "text": "Hi"}
+            body = {"messages": [{"role": "user", "content": [part]}]}
+            line = {"custom_id": f"r{index}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+            lines.append(json.dumps(line) + "\n")
+        requests.write_text("".join(lines))
+        arguments = ["batch", "-i", str(requests), "-o", str(output), "--url", f"{served.url}/v1"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert batch.main() == 1
+        inside.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            inside.accept()
+    answers = {result["custom_id"]: result["response"] for result in results_of(output)}
+    statuses = [answers[f"r{index}"]["status_code"] for index in range(len(lines))]
+    assert statuses == [200, *[400] * len(urls), 200]
+    codes = {answers[f"r{index + 1}"]["body"]["error"]["code"] for index in range(len(urls))}
+    assert codes == {"media_url_refused"}
 
 
 @pytest.mark.parametrize(
