@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -172,3 +177,57 @@ def test_a_layout_is_believed_only_where_the_weight_is_found_in_it(dtype: torch.
     assert packed_blocks(packed, torch.randn(200, 48).to(dtype)) is None
     ragged = torch.randn(128, 100).to(dtype)
     assert packed_blocks(torch.ops.mkldnn._reorder_linear_weight(ragged), ragged) is None
+
+
+@contextmanager
+def one_core_for_all() -> Iterator[None]:
+    """Every thread, and one that comes and goes at random, on one core: each loses it at any place."""
+    allowed = os.sched_getaffinity(0)
+    done = threading.Event()
+
+    def disturb() -> None:
+        generator = np.random.default_rng(0)
+        block = generator.random((150, 150))
+        while not done.wait(generator.random() / 500):
+            block @ block
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        move_threads({min(allowed)})
+        yield
+    finally:
+        done.set()
+        other.join()
+        move_threads(allowed)
+
+
+def move_threads(cores: set[int]) -> None:
+    for name in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(name), cores)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_threads_that_lose_their_core_change_no_bit(dtype: torch.dtype, num_threads: int) -> None:
+    """Work is dealt by counters and done in scratch of the thread's own: who does it, and when, must not matter."""
+    decoder = make_decoder(dtype, 6)
+    filled = make_cache(6, dtype)
+    steps = [(torch.randn(1, 96).to(dtype), length) for length in (1, 33, 200, 600)]
+
+    def all_steps() -> list[Tensor]:
+        decoder.one_token = OneTokenPass(decoder)
+        cache = filled.clone()
+        return [*(one_step(decoder, hidden, length, cache, None) for hidden, length in steps), cache]
+
+    expected = all_steps()
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        all_steps()  # the threads are there
+        with one_core_for_all():
+            for _ in range(8):
+                assert all(map(torch.equal, all_steps(), expected))
+    finally:
+        torch.set_num_threads(before)
