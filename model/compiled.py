@@ -75,7 +75,7 @@ def compile_region(arguments: np.dtype[Any]) -> Callable[[Callable[[Any], None]]
 
 
 def _fingerprint(function: Callable[[Any], None]) -> str:
-    """Of what a kernel's machine code depends on: its sources, what it closes over, the compiler and the processor."""
+    """What a kernel's machine code depends on: its sources, what it closes over, the compiler and the processor."""
     closed_over = inspect.getclosurevars(function).nonlocals
     assert all(isinstance(value, bool | int | float | type) for value in closed_over.values())
     sources = [Path(file).read_bytes() for file in (function.__code__.co_filename, __file__)]

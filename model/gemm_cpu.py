@@ -46,28 +46,26 @@ def compile_gemm() -> int:
     def region(arguments: Any) -> None:
         a = carray(arguments, 1)[0]
         num_rows, width, depth = a.num_rows, a.num_columns, a.depth
+        rounded_up = -(-num_rows // ROWS) * ROWS
         while True:
             first = take_next(a.next_item) * BLOCK
             if first >= width:
                 break
-            block = a.weight + 2 * first * depth
             size = min(BLOCK, width - first)
-            padded = -(-num_rows // ROWS) * ROWS
-            sums = a.sums + 4 * first * padded
-            carray(pointer(sums), padded * BLOCK, np.float32)[:] = 0
+            sums = carray(pointer(a.sums + 4 * first * rounded_up), (rounded_up, BLOCK), np.float32)
+            sums[:] = 0
             for k in range(0, depth, DEPTH):
-                words = min(DEPTH, depth - k) // 2
+                block = a.weight + 2 * (first * depth + k * BLOCK)
                 for row in range(0, num_rows, ROWS):
-                    x = a.x + 2 * (row * depth + k)
-                    _multiply(x, 2 * depth, block + 2 * k * BLOCK, words, sums + 4 * row * BLOCK, 4 * BLOCK)
+                    x, totals = a.x + 2 * (row * depth + k), a.sums + 4 * (first * rounded_up + row * BLOCK)
+                    _multiply(x, 2 * depth, block, min(DEPTH, depth - k) // 2, totals)
             for row in range(num_rows):
                 start = row * width + first
-                total = carray(pointer(sums + 4 * row * BLOCK), size, np.float32)
                 if a.bias != 0:
-                    _add(total, carray(pointer(a.bias + 2 * first), size, np.int16))
+                    _add(sums[row, :size], carray(pointer(a.bias + 2 * first), size, np.int16))
                 if a.residual != 0:
-                    _add(total, carray(pointer(a.residual + 2 * start), size, np.int16))
-                _narrow(total, carray(pointer(a.out + 2 * start), size, np.int16))
+                    _add(sums[row, :size], carray(pointer(a.residual + 2 * start), size, np.int16))
+                _narrow(sums[row, :size], carray(pointer(a.out + 2 * start), size, np.int16))
 
     return region
 
@@ -84,7 +82,7 @@ def _narrow(sums: Any, out: Any) -> None:
         out[i] = narrow(sums[i])
 
 
-class BFloat16(ir.types.Type):
+class BFloat16(ir.types.Type):  # type: ignore[misc]
     """The type by its name: llvmlite has none for it."""
 
     def _to_string(self) -> str:
@@ -98,47 +96,44 @@ class BFloat16(ir.types.Type):
 
 
 @intrinsic
-def _multiply(
-    _typing: Any, _x: Any, _row_bytes: Any, _block: Any, _num_words: Any, _sums: Any, _sums_row_bytes: Any
-) -> Any:
-    """ROWS rows of x times the BLOCK columns of a block, to sums: addresses, and bytes from row to row."""
-    lanes = ir.VectorType(ir.FloatType(), LANES)
-    words = ir.VectorType(ir.IntType(32), LANES)
-    num_registers = BLOCK // LANES
+def _multiply(_typing: Any, _x: Any, _row_bytes: Any, _block: Any, _num_words: Any, _sums: Any) -> Any:
+    """sums += x times the BLOCK columns of a block, of ROWS rows `row_bytes` apart. Addresses, all int64."""
+    word = ir.IntType(32)
+    lanes, words = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(word, LANES)
+    pairs = ir.VectorType(BFloat16(), 2 * LANES)
+    per_row = BLOCK // LANES
 
     def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        x, row_bytes, block, num_words, sums, sums_row_bytes = arguments
-        word = ir.IntType(64)
-        pairs = ir.VectorType(BFloat16(), 2 * LANES)
+        x, row_bytes, block, num_words, sums = arguments
+
+        def after(start: Any, size: Any, times: Any, kind: Any) -> Any:
+            """The address that many sizes on, as a pointer."""
+            size, times = (
+                value if isinstance(value, ir.Value) else ir.IntType(64)(value) for value in (size, times)
+            )
+            return builder.inttoptr(builder.add(start, builder.mul(size, times)), kind.as_pointer())
+
         kind = ir.FunctionType(lanes, [lanes, pairs, pairs])
         dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        totals = [cgutils.alloca_once(builder, lanes) for _ in range(ROWS * num_registers)]
-        places = []
-        for row in range(ROWS):
-            for i in range(num_registers):
-                offset = builder.add(builder.mul(sums_row_bytes, word(row)), word(WORD * LANES * i))
-                places.append(builder.inttoptr(builder.add(sums, offset), lanes.as_pointer()))
-        for total, place in zip(totals, places):
+        places = [after(sums, WORD * LANES, i, lanes) for i in range(ROWS * per_row)]
+        totals = [cgutils.alloca_once(builder, lanes) for _ in places]
+        for total, place in zip(totals, places, strict=True):
             builder.store(builder.load(place, align=WORD), total)
-        starts = [builder.add(x, builder.mul(row_bytes, word(row))) for row in range(ROWS)]
+        starts = [builder.ptrtoint(after(x, row_bytes, row, word), ir.IntType(64)) for row in range(ROWS)]
         with cgutils.for_range(builder, num_words) as loop:
-            at = builder.add(block, builder.mul(loop.index, word(WORD * BLOCK)))
-            columns = []
-            for i in range(num_registers):
-                address = builder.inttoptr(builder.add(at, word(WORD * LANES * i)), words.as_pointer())
-                columns.append(builder.bitcast(builder.load(address, align=WORD), pairs))
-            step = builder.mul(loop.index, word(WORD))
+            first = builder.add(block, builder.mul(loop.index, ir.IntType(64)(WORD * BLOCK)))
+            columns = [
+                builder.bitcast(builder.load(after(first, WORD * LANES, i, words), align=WORD), pairs)
+                for i in range(per_row)
+            ]
             for row, start in enumerate(starts):
-                address = builder.inttoptr(builder.add(start, step), ir.IntType(32).as_pointer())
-                one = builder.insert_element(
-                    ir.Constant(words, ir.Undefined), builder.load(address), ir.IntType(32)(0)
-                )
+                given = builder.load(after(start, WORD, loop.index, word))
+                one = builder.insert_element(ir.Constant(words, ir.Undefined), given, word(0))
                 spread = builder.bitcast(builder.shuffle_vector(one, one, ir.Constant(words, [0] * LANES)), pairs)
-                for i in range(num_registers):
-                    total = totals[row * num_registers + i]
-                    builder.store(builder.call(dot, [builder.load(total), columns[i], spread]), total)
-        for total, place in zip(totals, places):
+                for total, column in zip(totals[row * per_row : (row + 1) * per_row], columns, strict=True):
+                    builder.store(builder.call(dot, [builder.load(total), column, spread]), total)
+        for total, place in zip(totals, places, strict=True):
             builder.store(builder.load(total), place, align=WORD)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), codegen
+    return types.void(*[types.int64] * 5), codegen

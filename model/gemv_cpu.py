@@ -33,8 +33,8 @@ ARGUMENTS = np.dtype(
         )
     ]
 )
-"""Sizes M (here 1; `gemm_cpu` takes more), N and K, and addresses: of x, [M, K], of the blocks, of [N] or 0, of [M, N]
-or 0, of float32 [M, N rounded up], of [M, N], and of a counter."""
+"""Sizes M (here 1: several are for `gemm_cpu`), N and K, and addresses: of x, [M, K], of the blocks, of [N] or 0,
+of [M, N] or 0, of float32 [M, N rounded up], of [M, N], and of a counter."""
 
 
 def packed_blocks(packed: Tensor, weight: Tensor) -> int | None:

@@ -162,7 +162,7 @@ class OneTokenPass:
         return (0, linear.out_features, linear.in_features, *pointers, _address(self._counters))
 
     def _table(self, num_layers: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """int64 [PHASES L + 1, 3]: a kernel, the address of its arguments, threads. 0 is what `_take` or a step says."""
+        """int64 [PHASES L + 1, 3]: a kernel, its arguments' address, threads. `_take` or a step says what is 0."""
         norm, all_threads = fused_cpu.compile_rms_norm(self._is_bfloat16), self._num_threads
         rotate, swiglu = rotate_cpu.compile_rotation(self._is_bfloat16), fused_cpu.compile_swiglu(self._is_bfloat16)
         activations = _address(self._activations)
