@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.client import EngineClient, InlineEngineClient, ProcessEngineClient
 from engine.core import EngineCore
 from engine.messages import EngineArgs, EngineRequest, FinishReason
 from engine.scheduler import Scheduler
+from model.config import Qwen2AudioConfig
 from model.kv_cache import bytes_per_block
 from tests.reference import Prompt, Reference, noise, special_id
 
@@ -268,6 +270,66 @@ class _NoStep:
     """A step in which nothing is planned yet."""
 
     scheduled: dict[str, Any] = {}  # noqa: RUF012
+
+
+def everything(expected: Expected, rng: random.Random) -> dict[str, tuple[EngineRequest, list[int]]]:
+    """Request id -> request and its answer: every prompt, some of them with choices, and some twice."""
+    made = {name: (replace(request_of(name), n=rng.choice((1, 1, 2))), expected.tokens[name]) for name in PROMPTS}
+    for name in rng.sample(list(PROMPTS), 5):
+        made[f"{name}, leaves"] = (replace(request_of(name), request_id=f"{name}, leaves"), expected.tokens[name])
+    return made
+
+
+def later_turn(name: str, answer: list[int]) -> tuple[EngineRequest, list[int]]:
+    """The prompt with what was answered in the first 20 tokens, and what follows."""
+    said, left = tuple(answer[:20]), answer[20:]
+    request = request_of(name, max_tokens=len(left), min_tokens=len(left))
+    return replace(request, request_id=f"{name}, later", prompt_token_ids=request.prompt_token_ids + said), left
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "changes", [{"num_speculative_tokens": 3, "prompt_lookup_min": 1}, {"async_scheduling": True}], ids=str
+)
+def test_with_everything_on_at_once(expected: Expected, changes: dict[str, Any], seed: int) -> None:
+    """Cached prefixes, chunks, a lane for long prompts, too few blocks, choices, clips that have to go, drafts or
+    overlap, and requests that leave at any moment: every token of all of them is the reference's."""
+    rng = random.Random(seed)
+    block_bytes = bytes_per_block(Qwen2AudioConfig.from_folder(expected.folder).text, 16, torch.float32)
+    few_blocks = {"kv_cache_memory_bytes": block_bytes * 54, "max_model_len": 54 * 16}
+    small_steps = {"max_num_batched_tokens": 40, "long_prefill_token_threshold": 60, "encoder_cache_bytes": 0}
+    core = EngineCore.build(args_of(expected.folder, **few_blocks, **small_steps, **changes))
+    wanted = everything(expected, rng)
+    line = rng.sample(list(wanted), len(wanted))
+    running: list[str] = []
+    tokens: dict[Any, list[int]] = defaultdict(list)
+    num_left = num_reused = 0
+    while core.has_work or line:
+        if line and rng.random() < 0.8:
+            running.append(line.pop())
+            core.add_request(wanted[running[-1]][0])
+        leavers = [name for name in running if name.endswith("leaves")]
+        if leavers and rng.random() < 0.05:
+            running.remove(gone := rng.choice(leavers))
+            core.abort(gone)
+            num_left += 1
+            given = tokens.pop((gone, 0), [])
+            assert given == wanted.pop(gone)[1][: len(given)]
+        for output in core.step():
+            assert output.finish_reason in (None, FinishReason.LENGTH), output.error
+            tokens[output.sequence_id] += output.new_token_ids
+            num_reused += output.num_cached_tokens
+            if output.finish_reason and output.index == 0 and (name := output.request_id) in running:
+                running.remove(name)
+                if name in PROMPTS:
+                    wanted[f"{name}, later"] = later_turn(name, expected.tokens[name])
+                    line.insert(0, f"{name}, later")
+        core.scheduler.check_integrity()
+    assert tokens == {(name, index): answer for name, (one, answer) in wanted.items() for index in range(one.n)}
+    stats = core.stats
+    assert (stats.kv_cache_usage, stats.num_running, stats.num_waiting) == (0.0, 0, 0)
+    assert min(num_left, num_reused, stats.num_preemptions) > 0
+    assert bool(stats.num_accepted_tokens) == ("num_speculative_tokens" in changes)
 
 
 async def collect(client: EngineClient, name: str) -> list[int]:
