@@ -37,11 +37,12 @@ class Part:
 
 PARTS = (
     Part("compare", "compare", 520),
-    Part("long_file", "long_file --minutes 3", 60),
-    Part("conversation", "conversation --conversations 2", 60),
-    Part("speculation", "speculation speech --min 1", 60),
+    Part("long_file", "long_file --minutes 3", 40),
+    Part("conversation", "conversation --conversations 2", 50),
+    Part("speculation", "speculation speech --min 1", 30),
     Part("front", "front health --seconds 20", 60),
-    Part("host_time", "host_time --steps 100", 40),
+    Part("front_clips", "front clips --requests 200", 70),
+    Part("host_time", "host_time --steps 100", 30),
     Part("simulation", "simulator check", 100),
 )
 

@@ -10,15 +10,17 @@ item and not the whole region.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import inspect
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import cfunc, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
@@ -55,13 +57,13 @@ def compile_region(arguments: np.dtype[Any]) -> Callable[[Callable[[Any], None]]
 
     What it closes over is constant to the compiler: plain numbers only, so that the code can be kept. It is, beside
     the sources or in the user's cache folder (numba's rules), and compiled anew where neither can be written.
+
+    Each kernel has files of its own, named after all that its code depends on. Numba keeps a function's variants in
+    numbered files behind one index, which two processes that write it at once can leave pointing at each other's.
     """
 
     def decorate(function: Callable[[Any], None]) -> int:
-        closed_over = inspect.getclosurevars(function).nonlocals.values()
-        assert all(isinstance(value, bool | int | float | type) for value in closed_over), (
-            "what is kept is found by these"
-        )
+        function.__qualname__ += f".{_fingerprint(function)}"
         signature = types.void(types.CPointer(from_dtype(arguments)))
         try:
             compiled = cfunc(signature, cache=True, fastmath=REASSOCIATE, error_model="numpy")(function)
@@ -70,6 +72,16 @@ def compile_region(arguments: np.dtype[Any]) -> Callable[[Callable[[Any], None]]
         return int(compiled.address)
 
     return decorate
+
+
+def _fingerprint(function: Callable[[Any], None]) -> str:
+    """What a kernel's machine code depends on: its sources, what it closes over, the compiler and the processor."""
+    closed_over = inspect.getclosurevars(function).nonlocals
+    assert all(isinstance(value, bool | int | float | type) for value in closed_over.values())
+    sources = [Path(file).read_bytes() for file in (function.__code__.co_filename, __file__)]
+    processor = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+    facts = repr((sorted(closed_over.items()), processor, version("numba"), version("llvmlite"), sources))
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 @intrinsic

@@ -27,10 +27,14 @@ HIGH_HALF = -65536
 ARGUMENTS = np.dtype(
     [
         (name, np.int64)
-        for name in ("num_columns", "depth", "x", "weight", "bias", "residual", "sums", "out", "next_item")
+        for name in (
+            *("num_rows", "num_columns", "depth"),
+            *("x", "weight", "bias", "residual", "sums", "out", "next_item"),
+        )
     ]
 )
-"""Sizes N and K, and addresses: of [K], of the blocks, of [N] or 0 twice, of float32 [N, rounded up], and of [N]."""
+"""Sizes M (here 1: several are for `gemm_cpu`), N and K, and addresses: of x, [M, K], of the blocks, of [N] or 0,
+of [M, N] or 0, of float32 [M, N rounded up], of [M, N], and of a counter."""
 
 
 def packed_blocks(packed: Tensor, weight: Tensor) -> int | None:

@@ -1,9 +1,9 @@
-"""The decoder's layers for a step of one token on a CPU, as one call of compiled code.
+"""The decoder's layers for a step of one token of each of a few sequences on a CPU, as one call of compiled code.
 
-One token multiplies each weight once, and that takes no longer than Python does to get from one product to the next:
-it finds nothing in the caches any more, through which all weights have just passed. Here a table says, kernel by
-kernel, what is to run on what; a compiled loop starts one parallel region after the other. The kernels are those of
-the layers, but for the products (`gemv_cpu`).
+So few rows multiply a weight in no more time than Python takes to get from one product to the next: it finds nothing
+in the caches any more, through which all weights have just passed. Here a table says, kernel by kernel, what is to
+run on what; a compiled loop starts one parallel region after the other. The kernels are those of the layers, but for
+the products (`gemv_cpu` of one row, `gemm_cpu` of several).
 
 The table holds addresses of the packed weights and of activations that are kept here: for one thread at a time.
 """
@@ -20,7 +20,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from model import fused_cpu, gemv_cpu
+from model import fused_cpu, gemm_cpu, gemv_cpu
 from model.attention import paged_cpu, rotate_cpu
 from model.attention.base import AttentionMetadata
 from model.compiled import compile_region, parallel_region, pointer, start_region
@@ -30,6 +30,11 @@ from model.qwen2 import Qwen2Decoder
 
 PROGRAM = np.dtype([(name, np.int64) for name in ("start", "phases", "num_phases", "counters")])
 """Addresses: of `parallel_region`, of int64 [num_phases, 3] (a kernel, its arguments, threads), of two counters."""
+PHASES = 9
+"""Of a layer: norm, product, rotation, attention, product, norm, product, activation, product."""
+ATTENTION = 3
+PRODUCTS = 1, 4, 6, 8
+ROW_WISE = 0, 2, 5, 7
 
 
 class OneTokenPass:
@@ -44,13 +49,15 @@ class OneTokenPass:
         self._dtype = decoder.norm.weight.dtype
         self._is_bfloat16 = self._dtype == torch.bfloat16
         self._num_threads = torch.get_num_threads()
+        self.max_rows = gemm_cpu.MAX_ROWS if self._is_bfloat16 and gemm_cpu.can_run() else 1
         width, inner = decoder.norm.weight.shape[0], decoder.layers[0].mlp.down_proj.in_features
-        self._hidden, self._normal = self._row(width), self._row(width)
-        self._attended = self._row(self._num_heads * self._head_dim)
-        self._heads = self._row((self._num_heads + 2 * self._num_kv_heads) * self._head_dim)
-        self._turned = self._row((self._num_heads + self._num_kv_heads) * self._head_dim)
-        self._gate_up, self._gated = self._row(2 * inner), self._row(inner)
-        self._sums = torch.empty(max(self._heads.numel(), self._gate_up.numel(), width) + gemv_cpu.BLOCK)
+        self._hidden, self._normal = self._rows(width), self._rows(width)
+        self._attended = self._rows(self._num_heads * self._head_dim)
+        self._heads = self._rows((self._num_heads + 2 * self._num_kv_heads) * self._head_dim)
+        self._turned = self._rows((self._num_heads + self._num_kv_heads) * self._head_dim)
+        self._gate_up, self._gated = self._rows(2 * inner), self._rows(inner)
+        widest = max(self._heads.shape[1], self._gate_up.shape[1], width) + gemv_cpu.BLOCK
+        self._sums = torch.empty(self.max_rows * widest)
         self._scratch = torch.empty(0)
         self._counters = np.zeros(2, dtype=np.int64)
         num_layers = len(decoder.layers)
@@ -62,6 +69,7 @@ class OneTokenPass:
         self._layer_numbers = np.arange(num_layers)
         self._fill(decoder)
         self._phases = self._table(num_layers)
+        self._num_rows = 0
         region = parallel_region()
         assert region is not None, "can_run has looked"
         start = ctypes.cast(region, ctypes.c_void_p).value  # type: ignore[arg-type]
@@ -70,8 +78,14 @@ class OneTokenPass:
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compile_program())
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """hidden: [1, C]; cos, sin: [1, 1, D / 2]; kv: [L, 2, N, P, Hkv, D], all of the weights' type -> [1, C]."""
-        self._hidden.copy_(hidden[0])
+        """hidden: [T, C], at most `max_rows`; cos, sin: [T, 1, D / 2]; kv: [L, 2, N, P, Hkv, D] -> [T, C].
+
+        All of the weights' type.
+        """
+        num_rows = len(hidden)
+        if num_rows != self._num_rows:
+            self._take(num_rows)
+        self._hidden[:num_rows] = hidden
         layers = kv.data_ptr() + self._layer_numbers * (kv.stride(0) * kv.itemsize)
         rotations, attentions = self._rotations, self._attentions
         rotations["cos"], rotations["sin"] = cos.data_ptr(), sin.data_ptr()
@@ -88,17 +102,30 @@ class OneTokenPass:
             self._scratch = torch.empty(self._num_threads * size)
         attentions["scratch"] = self._scratch.data_ptr()
         kernel = paged_cpu.compile_attention(self._head_dim, kv.shape[3], self._is_bfloat16)
-        self._phases[3::9, 0] = kernel
+        self._phases[ATTENTION::PHASES, 0] = kernel
         self._run(_address(self._program))
-        return self._normal[None].clone()
+        return self._normal[:num_rows].clone()
 
-    def _row(self, width: int) -> Tensor:
-        return torch.zeros(width, dtype=self._dtype)
+    def _take(self, num_rows: int) -> None:
+        """Be for steps of so many tokens."""
+        self._num_rows = num_rows
+        self._norms["num_rows"] = self._activations["num_rows"] = self._products["num_rows"] = num_rows
+        self._rotations["num_tokens"] = num_rows
+        attentions = self._attentions
+        attentions["num_sequences"] = attentions["num_tokens"] = num_rows
+        attentions["num_groups"] = paged_cpu.num_groups(self._num_kv_heads, self._num_threads, num_rows)
+        product = gemv_cpu.compile_gemv(self._is_bfloat16) if num_rows == 1 else gemm_cpu.compile_gemm()
+        for phase in PRODUCTS:
+            self._phases[phase::PHASES, 0] = product
+        for phase in ROW_WISE:
+            self._phases[phase::PHASES, 2] = min(self._num_threads, -(-num_rows // fused_cpu.ROWS))
+
+    def _rows(self, width: int) -> Tensor:
+        return torch.zeros(self.max_rows, width, dtype=self._dtype)
 
     def _fill(self, decoder: Qwen2Decoder) -> None:
         """What stays the same from step to step."""
         heads = self._num_heads, self._num_kv_heads
-        groups = paged_cpu.num_groups(self._num_kv_heads, self._num_threads, 1)
         for number, layer in enumerate(decoder.layers):
             self._norms[2 * number] = self._norm(layer.input_layernorm)
             self._norms[2 * number + 1] = self._norm(layer.post_attention_layernorm)
@@ -110,22 +137,21 @@ class OneTokenPass:
             ]
         self._norms[-1] = self._norm(decoder.norm)
         counters = _address(self._counters), _address(self._counters) + 8
-        self._rotations["num_tokens"], self._rotations["half"] = 1, self._head_dim // 2
+        self._rotations["half"] = self._head_dim // 2
         self._rotations["num_heads"], self._rotations["num_kv_heads"] = heads
         self._rotations["heads"], self._rotations["turned"] = self._heads.data_ptr(), self._turned.data_ptr()
         self._rotations["next_item"] = counters[0]
         attentions = self._attentions
-        attentions["num_sequences"], attentions["num_tokens"], attentions["num_groups"] = 1, 1, groups
         attentions["num_heads"], attentions["num_kv_heads"] = heads
-        attentions["query"], attentions["query_stride"] = self._turned.data_ptr(), self._turned.numel()
+        attentions["query"], attentions["query_stride"] = self._turned.data_ptr(), self._turned.shape[1]
         attentions["out"] = self._attended.data_ptr()
         attentions["next_item"], attentions["next_thread"] = counters
         pointers = self._gate_up.data_ptr(), 0, self._gated.data_ptr(), counters[0]
-        self._activations[0] = (1, self._gated.numel(), *pointers, 0.0)
+        self._activations[0] = (0, self._gated.shape[1], *pointers, 0.0)
 
     def _norm(self, norm: RMSNorm) -> tuple[int | float, ...]:
         pointers = self._hidden.data_ptr(), norm.weight.data_ptr(), self._normal.data_ptr(), _address(self._counters)
-        return (1, self._hidden.numel(), *pointers, norm.eps)
+        return (0, self._hidden.shape[1], *pointers, norm.eps)
 
     def _product(self, linear: Linear, x: Tensor, out: Tensor, *, onto: bool = False) -> tuple[int, ...]:
         """onto: add to what `out` holds."""
@@ -133,28 +159,28 @@ class OneTokenPass:
         bias = 0 if linear.bias is None else linear.bias.data_ptr()
         residual = out.data_ptr() if onto else 0
         pointers = x.data_ptr(), linear.blocks, bias, residual, self._sums.data_ptr(), out.data_ptr()
-        return (linear.out_features, linear.in_features, *pointers, _address(self._counters))
+        return (0, linear.out_features, linear.in_features, *pointers, _address(self._counters))
 
     def _table(self, num_layers: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """int64 [9 L + 1, 3]: a kernel, the address of its arguments, threads. The attention's comes later."""
-        norm, gemv = fused_cpu.compile_rms_norm(self._is_bfloat16), gemv_cpu.compile_gemv(self._is_bfloat16)
+        """int64 [PHASES L + 1, 3]: a kernel, its arguments' address, threads. `_take` or a step says what is 0."""
+        norm, all_threads = fused_cpu.compile_rms_norm(self._is_bfloat16), self._num_threads
         rotate, swiglu = rotate_cpu.compile_rotation(self._is_bfloat16), fused_cpu.compile_swiglu(self._is_bfloat16)
         activations = _address(self._activations)
         phases: list[tuple[int, int, int]] = []
         for number in range(num_layers):
             norms, products = _elements(self._norms, 2 * number), _elements(self._products, 4 * number)
             phases += [
-                (norm, norms[0], 1),
-                (gemv, products[0], self._num_threads),
-                (rotate, _elements(self._rotations, number)[0], 1),
-                (0, _elements(self._attentions, number)[0], self._num_threads),
-                (gemv, products[1], self._num_threads),
-                (norm, norms[1], 1),
-                (gemv, products[2], self._num_threads),
-                (swiglu, activations, 1),
-                (gemv, products[3], self._num_threads),
+                (norm, norms[0], 0),
+                (0, products[0], all_threads),
+                (rotate, _elements(self._rotations, number)[0], 0),
+                (0, _elements(self._attentions, number)[0], all_threads),
+                (0, products[1], all_threads),
+                (norm, norms[1], 0),
+                (0, products[2], all_threads),
+                (swiglu, activations, 0),
+                (0, products[3], all_threads),
             ]
-        phases.append((norm, _elements(self._norms, 2 * num_layers)[0], 1))
+        phases.append((norm, _elements(self._norms, 2 * num_layers)[0], 0))
         return np.array(phases, dtype=np.int64)
 
 
@@ -183,6 +209,8 @@ def compile_program() -> int:
 def compile_kernels(is_bfloat16: bool) -> None:
     """All but the attention, once for a process. Else everything is float32."""
     compile_program()
+    if is_bfloat16 and gemm_cpu.can_run():
+        gemm_cpu.compile_gemm()
     for kernel in (
         gemv_cpu.compile_gemv,
         rotate_cpu.compile_rotation,

@@ -7,7 +7,8 @@ the config is that of this rank (`Shard.share`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -17,8 +18,15 @@ from model.layers import RMSNorm, RotaryEmbedding, SwiGlu, VocabEmbedding
 from model.linear import Linear, RowParallelLinear
 from model.parallel import Shard
 
-OneToken = Callable[[Tensor, Tensor, Tensor, Tensor, AttentionMetadata], Tensor]
-"""hidden [1, C], cos, sin, kv and metadata, as in `Qwen2Decoder.forward` -> [1, C]."""
+
+class OneToken(Protocol):
+    """All layers and the final norm for a step of one token of each of a few sequences."""
+
+    max_rows: int
+
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """hidden: [T, C], T at most `max_rows`; cos, sin: [T, 1, D / 2]; kv: [L, 2, N, P, Hkv, D] -> [T, C]."""
+        ...
 
 
 class Qwen2Decoder(nn.Module):
@@ -32,7 +40,7 @@ class Qwen2Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.one_token: OneToken | None = None
-        """Computes all layers for a step of one token, where there is such a thing."""
+        """Computes such steps, where there is such a thing."""
 
     def forward(
         self,
@@ -47,7 +55,11 @@ class Qwen2Decoder(nn.Module):
         Of the last layer, rows that nobody asks for need only their keys and values.
         """
         cos, sin = self.rotary.tables(positions, hidden.dtype)
-        if self.one_token and len(hidden) == 1 and kv.dtype == hidden.dtype:
+        if (
+            self.one_token
+            and kv.dtype == hidden.dtype
+            and len(hidden) == metadata.num_decodes <= self.one_token.max_rows
+        ):
             hidden = self.one_token(hidden, cos, sin, kv, metadata)
             return hidden if rows is None else hidden[rows]
         addend = None

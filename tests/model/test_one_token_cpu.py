@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +17,7 @@ from torch import Tensor
 from engine.errors import EngineStartError
 from engine.messages import EngineArgs
 from engine.precision import check_quantization
+from model import gemm_cpu
 from model.attention import AttentionMetadata, select_backend
 from model.config import Qwen2AudioConfig, TextConfig
 from model.cpu import can_pack, prepare_for_cpu
@@ -24,7 +31,7 @@ from model.qwen2 import Qwen2Decoder
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
-NUM_BLOCKS = 40
+NUM_BLOCKS = 80
 
 
 @pytest.fixture(scope="module", params=list(filter(can_pack, [torch.float32, torch.bfloat16])), ids=str)
@@ -63,21 +70,33 @@ def make_decoder(dtype: torch.dtype, num_kv_heads: int, *, int8: bool = False) -
 
 
 def one_step(decoder: Qwen2Decoder, hidden: Tensor, length: int, cache: Tensor, rows: Tensor | None) -> Tensor:
-    """The token at the end of a sequence of `length`, whose blocks lie backwards in the cache."""
-    num_blocks = -(-length // BLOCK_SIZE)
-    table = torch.arange(NUM_BLOCKS - 1, NUM_BLOCKS - 1 - num_blocks, -1, dtype=torch.int32)[None]
-    slot = int(table[0, (length - 1) // BLOCK_SIZE]) * BLOCK_SIZE + (length - 1) % BLOCK_SIZE
+    """The token at the end of a sequence of `length`."""
+    return step(decoder, hidden, [length], cache, rows)
+
+
+def step(
+    decoder: Qwen2Decoder, hidden: Tensor, lengths: list[int], cache: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """One token at the end of each sequence of these lengths, whose blocks lie backwards in the cache."""
+    table = torch.zeros(len(lengths), -(-max(lengths) // BLOCK_SIZE), dtype=torch.int32)
+    free = iter(range(NUM_BLOCKS - 1, -1, -1))
+    slots = []
+    for row, length in enumerate(lengths):
+        blocks = [next(free) for _ in range(-(-length // BLOCK_SIZE))]
+        table[row, : len(blocks)] = torch.tensor(blocks)
+        slots.append(blocks[-1] * BLOCK_SIZE + (length - 1) % BLOCK_SIZE)
     metadata = AttentionMetadata(
-        query_lens=(1,),
-        seq_lens=(length,),
-        num_decodes=1,
-        first_blocks=(None,),
+        query_lens=(1,) * len(lengths),
+        seq_lens=tuple(lengths),
+        num_decodes=len(lengths),
+        first_blocks=(None,) * len(lengths),
         block_table=table,
-        slot_mapping=torch.tensor([slot], dtype=torch.int32),
-        seq_lens_device=torch.tensor([length], dtype=torch.int32),
-        query_starts=torch.tensor([0, 1], dtype=torch.int32),
+        slot_mapping=torch.tensor(slots, dtype=torch.int32),
+        seq_lens_device=torch.tensor(lengths, dtype=torch.int32),
+        query_starts=torch.arange(len(lengths) + 1, dtype=torch.int32),
     )
-    return decoder(hidden, torch.tensor([length - 1], dtype=torch.int32), cache, metadata, rows)
+    positions = torch.tensor(lengths, dtype=torch.int32) - 1
+    return decoder(hidden, positions, cache, metadata, rows)
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -104,6 +123,79 @@ def test_it_computes_what_the_layers_do_and_writes_the_same_cache(dtype: torch.d
         ours = one_step(decoder, hidden, length, cache, None)
         close(ours, expected)
         close(cache, expected_cache)
+
+
+class Counted:
+    """A pass that tells of how many tokens its steps were."""
+
+    def __init__(self, decoder: Qwen2Decoder) -> None:
+        self.run = OneTokenPass(decoder)
+        self.max_rows = self.run.max_rows
+        self.steps: list[int] = []
+
+    def __call__(self, hidden: Tensor, *others: Any) -> Tensor:
+        self.steps.append(len(hidden))
+        return self.run(hidden, *others)
+
+
+LENGTHS = [1, 33, 16, 17, 200, 2, 5, 48, *range(1, 26)]
+"""Of 33 sequences: one more than a pass takes."""
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_kv_heads", [6, 2])
+def test_several_sequences_go_at_once_where_the_cpu_can(dtype: torch.dtype, num_kv_heads: int) -> None:
+    decoder = make_decoder(dtype, num_kv_heads)
+    counted = Counted(decoder)
+    takes = [1, 2, 3, 9, 32] if dtype == torch.bfloat16 and gemm_cpu.can_run() else [1]
+    filled = make_cache(num_kv_heads, dtype)
+    for count in (2, 1, 3, 9, 32, 33):
+        hidden = torch.randn(count, 96).to(dtype)
+        expected_cache, cache = filled.clone(), filled.clone()
+        decoder.one_token = None
+        expected = step(decoder, hidden, LENGTHS[:count], expected_cache)
+        decoder.one_token = counted
+        close(step(decoder, hidden, LENGTHS[:count], cache), expected)
+        close(cache, expected_cache)
+    assert sorted(counted.steps) == takes
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not gemm_cpu.can_run(), reason="this CPU does not multiply bfloat16")
+def test_a_row_is_the_same_in_any_company_and_poisons_none() -> None:
+    decoder = make_decoder(torch.bfloat16, 2)
+    decoder.one_token = OneTokenPass(decoder)
+    hidden = torch.randn(9, 96).bfloat16()
+    filled = make_cache(2, torch.bfloat16)
+    two = step(decoder, hidden[:2], LENGTHS[:2], filled.clone())
+    assert torch.equal(step(decoder, hidden, LENGTHS[:9], filled.clone())[:2], two)
+    hidden[4, 5] = float("nan")
+    poisoned = step(decoder, hidden, LENGTHS[:9], filled.clone())
+    assert poisoned.isnan().any(dim=1).tolist() == [row == 4 for row in range(9)]
+    assert torch.equal(poisoned[:2], two)
+    assert torch.equal(step(decoder, hidden[:3], LENGTHS[:3], filled.clone())[:2], two), "what was left is not read"
+
+
+@torch.inference_mode()
+def test_two_tokens_of_one_sequence_are_not_such_a_step(dtype: torch.dtype) -> None:
+    decoder = make_decoder(dtype, 6)
+    cache = make_cache(6, dtype)
+    hidden = torch.randn(2, 96).to(dtype)
+    metadata = AttentionMetadata(
+        query_lens=(2,),
+        seq_lens=(5,),
+        num_decodes=0,
+        first_blocks=(7,),
+        block_table=torch.tensor([[7]], dtype=torch.int32),
+        slot_mapping=torch.tensor([115, 116], dtype=torch.int32),
+        seq_lens_device=torch.tensor([5], dtype=torch.int32),
+        query_starts=torch.tensor([0, 2], dtype=torch.int32),
+    )
+    positions = torch.tensor([3, 4], dtype=torch.int32)
+    expected = decoder(hidden, positions, cache.clone(), metadata)
+    decoder.one_token = counted = Counted(decoder)
+    assert torch.equal(decoder(hidden, positions, cache.clone(), metadata), expected)
+    assert counted.steps == []
 
 
 @torch.inference_mode()
@@ -172,3 +264,57 @@ def test_a_layout_is_believed_only_where_the_weight_is_found_in_it(dtype: torch.
     assert packed_blocks(packed, torch.randn(200, 48).to(dtype)) is None
     ragged = torch.randn(128, 100).to(dtype)
     assert packed_blocks(torch.ops.mkldnn._reorder_linear_weight(ragged), ragged) is None
+
+
+@contextmanager
+def one_core_for_all() -> Iterator[None]:
+    """Every thread, and one that comes and goes at random, on one core: each loses it at any place."""
+    allowed = os.sched_getaffinity(0)
+    done = threading.Event()
+
+    def disturb() -> None:
+        generator = np.random.default_rng(0)
+        block = generator.random((150, 150))
+        while not done.wait(generator.random() / 500):
+            block @ block
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        move_threads({min(allowed)})
+        yield
+    finally:
+        done.set()
+        other.join()
+        move_threads(allowed)
+
+
+def move_threads(cores: set[int]) -> None:
+    for name in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(name), cores)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_threads_that_lose_their_core_change_no_bit(dtype: torch.dtype, num_threads: int) -> None:
+    """Work is dealt by counters and done in scratch of the thread's own: who does it, and when, must not matter."""
+    decoder = make_decoder(dtype, 6)
+    filled = make_cache(6, dtype)
+    steps = [(torch.randn(1, 96).to(dtype), length) for length in (1, 33, 200, 600)]
+
+    def all_steps() -> list[Tensor]:
+        decoder.one_token = OneTokenPass(decoder)
+        cache = filled.clone()
+        return [*(one_step(decoder, hidden, length, cache, None) for hidden, length in steps), cache]
+
+    expected = all_steps()
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        all_steps()  # the threads are there
+        with one_core_for_all():
+            for _ in range(2):
+                assert all(map(torch.equal, all_steps(), expected))
+    finally:
+        torch.set_num_threads(before)
