@@ -2,7 +2,8 @@
 
     python -m benchmarks.simulator run --users 1000 --replicas 8      users who think between questions
     python -m benchmarks.simulator run --rate 12 --seconds 60         Poisson arrivals
-    python -m benchmarks.simulator run --trace FILE                   recorded ones (JSON lines, see workload.py)
+    python -m benchmarks.simulator run --trace FILE                   what a server wrote with --log-json, or other
+                                                                      recorded ones (JSON lines, see workload.py)
     python -m benchmarks.simulator capacity                           1 to 10,000 users on 1 to 64 replicas
     python -m benchmarks.simulator policy                             budgets; huge prompts among small ones
     python -m benchmarks.simulator calibrate FILE                     fit prices to the real engine on this machine

@@ -201,6 +201,24 @@ def test_a_trace_that_makes_no_sense_is_refused_by_its_line(tmp_path: Path, line
         read_trace(tmp_path / "trace.jsonl")
 
 
+def test_a_servers_log_is_a_trace(tmp_path: Path) -> None:
+    page = (ROOT / "docs/observability.md").read_text(encoding="utf-8")
+    line = json.loads(page.split("```json\n")[1].split("```")[0])
+    later = {**line, "ts": "2026-11-24T23:59:14.345Z"}
+    file = {"route": "/v1/audio/transcriptions", "audio_count": 3, "audio_seconds": 72.0, "prompt_tokens": 2100}
+    silent = {"ts": "2026-11-24T23:59:11.345Z", "level": "info", "logger": "server.lifecycle", "message": "ready"}
+    lines = [silent, line, {**line, "status": 400, "completion_tokens": 0}, {**later, **file}]
+    (tmp_path / "server.log").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    asked, *windows = read_trace(tmp_path / "server.log")
+    assert (asked.clip_seconds, asked.prompt_tokens, asked.output_tokens) == ((4.5,), 143, 22)
+    assert asked.arrival == pytest.approx(1.0 - 0.4126)
+    assert [(one.clip_seconds, one.prompt_tokens, one.output_tokens) for one in windows] == [((24.0,), 700, 7)] * 3
+    assert windows[0].arrival - asked.arrival == pytest.approx(2.0)
+    fleet = Fleet(H200_BF16, Limits())
+    assert len(fleet.run(OpenLoad(read_trace(tmp_path / "server.log")))) == 4
+    assert not fleet.replicas[0].scheduler.stats.prefix_cache_hits
+
+
 def test_later_turns_repeat_what_was_said() -> None:
     jobs = list(itertools.islice(Mix(multi_turn_share=0.8).jobs(0, seed=2), 200))
     turns = [(last, job) for last, job in itertools.pairwise(jobs) if job.turn]
