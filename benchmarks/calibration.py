@@ -89,6 +89,7 @@ def fit(args: EngineArgs, repeats: int = 3) -> LinearCost:
         fitted=f"{len(rows)} steps on {info.device}, {info.dtype}, {info.attention_backend}; "
         f"off by {np.median(errors):.1%} in the median, {np.quantile(errors, 0.95):.1%} at the 95th percentile",
         kv_cache_tokens=(info.num_blocks - 1) * info.block_size,
+        frame_cost=core.scheduler.frame_cost,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine.plan import SchedulerOutput
 from model.config import num_conv_frames, num_mel_frames
@@ -55,6 +55,11 @@ def work_of(plan: SchedulerOutput) -> StepWork:
 class CostModel(Protocol):
     """Seconds for work."""
 
+    @property
+    def frame_cost(self) -> float:
+        """Tokens that a mel frame counts as: see model.config.Qwen2AudioConfig.frame_cost."""
+        ...
+
     def step_seconds(self, work: StepWork) -> float:
         """How long the step takes, from its plan to its tokens on the host."""
         ...
@@ -91,6 +96,11 @@ class Roofline:
     """Scheduling and input building; overlapped with the device, so it shows only where it is the longer."""
     host_s_per_sequence: float = 0.0
 
+    @property
+    def frame_cost(self) -> float:
+        """See CostModel."""
+        return self.encoder_parameters / 2 / self.body_parameters
+
     def step_seconds(self, work: StepWork) -> float:
         """See CostModel."""
         bandwidth, matmul = self.bandwidth * self.bandwidth_share, self.flops * self.matmul_share
@@ -121,16 +131,29 @@ class LinearCost:
     fitted: str = ""
     """On what."""
     kv_cache_tokens: int = 65_536
+    frame_cost: float = 0.0
+    """See CostModel."""
 
     def step_seconds(self, work: StepWork) -> float:
         """See CostModel."""
         return sum(count * price for count, price in zip(work, self.seconds, strict=True))
 
+    def document(self) -> dict[str, Any]:
+        """For JSON, each price under its count's name."""
+        return {**asdict(self), "seconds": dict(zip(StepWork._fields, self.seconds, strict=True))}
+
+    @classmethod
+    def from_document(cls, raw: dict[str, Any]) -> LinearCost:
+        """What `document` gave. Raises ValueError."""
+        known = {field.name for field in fields(cls)}
+        if raw.keys() != known or raw["seconds"].keys() != set(StepWork._fields):
+            raise ValueError(f"no cost model: a fitted one has {known} and a price for each of {StepWork._fields}")
+        return cls(**{**raw, "seconds": tuple(raw["seconds"][count] for count in StepWork._fields)})
+
     def save(self, path: Path) -> None:
-        """As JSON, each price under its count's name."""
-        prices = dict(zip(StepWork._fields, self.seconds, strict=True))
+        """As a file of JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**asdict(self), "seconds": prices}, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.document(), indent=2) + "\n", encoding="utf-8")
 
 
 H200_BF16_FLOOR = Roofline(
@@ -167,8 +190,7 @@ def find_cost_model(name: str) -> Roofline | LinearCost:
     """A name of NAMED, or a file that `LinearCost.save` wrote. Raises OSError, ValueError."""
     if name in NAMED:
         return NAMED[name]
-    raw = json.loads(Path(name).read_text(encoding="utf-8"))
-    known = {field.name for field in fields(LinearCost)}
-    if not raw.keys() <= known or raw.get("seconds", {}).keys() != set(StepWork._fields):
-        raise ValueError(f"{name} is no cost model: a fitted one has a price for each of {StepWork._fields}")
-    return LinearCost(**{**raw, "seconds": tuple(raw["seconds"][count] for count in StepWork._fields)})
+    try:
+        return LinearCost.from_document(json.loads(Path(name).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

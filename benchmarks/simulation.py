@@ -45,8 +45,8 @@ class Limits:
     kv_cache_tokens: int = 221_700
     block_size: int = 16
 
-    def scheduler(self) -> Scheduler:
-        """A fresh one."""
+    def scheduler(self, frame_cost: float) -> Scheduler:
+        """A fresh one. frame_cost: tokens that a mel frame counts as."""
         return Scheduler(
             BlockManager(self.kv_cache_tokens // self.block_size + 1, self.block_size),
             EncoderCache(self.encoder_cache_tokens, row_bytes=1),
@@ -54,6 +54,7 @@ class Limits:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_encoder_frames=self.max_encoder_frames,
             max_model_len=self.max_model_len,
+            frame_cost=frame_cost,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
         )
 
@@ -143,7 +144,7 @@ class Replica:
 
     def __init__(self, cost: CostModel, limits: Limits, front: FrontCost | None, fast_forward: bool) -> None:
         self.cost = cost
-        self.scheduler = limits.scheduler()
+        self.scheduler = limits.scheduler(cost.frame_cost)
         self.front = front
         self.fast_forward = fast_forward
         self.flights: dict[str, Flight] = {}

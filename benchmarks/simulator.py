@@ -2,12 +2,14 @@
 
     python -m benchmarks.simulator run --users 1000 --replicas 8      users who think between questions
     python -m benchmarks.simulator run --rate 12 --seconds 60         Poisson arrivals
-    python -m benchmarks.simulator run --trace FILE                   recorded ones (JSON lines, see workload.py)
+    python -m benchmarks.simulator run --trace FILE                   what a server wrote with --log-json, or other
+                                                                      recorded ones (JSON lines, see workload.py)
     python -m benchmarks.simulator capacity                           1 to 10,000 users on 1 to 64 replicas
     python -m benchmarks.simulator policy                             budgets; huge prompts among small ones
     python -m benchmarks.simulator calibrate FILE                     fit prices to the real engine on this machine
     python -m benchmarks.simulator check                              predict and measure the same loads here
 
+`check` ends with status 1 where a prediction is off by more than a factor of AGREEMENT in throughput or in a mean.
 A cost model is a name of cost_model.NAMED or a file that `calibrate` wrote. The last line is one JSON document.
 """
 
@@ -17,6 +19,7 @@ import argparse
 import asyncio
 import importlib
 import itertools
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +42,18 @@ REPLICAS = (1, 4, 16, 64)
 CHECKED = ((1, 2.0, 8), (1, 10.0, 6), (4, 2.0, 16), (4, 10.0, 12), (16, 2.0, 48), (16, 10.0, 32))
 """Concurrent users, seconds of each clip, requests."""
 CHECK_TEXT_TOKENS, CHECK_OUTPUT_TOKENS = 50, 32
+AGREEMENT = 1.5
+"""By what factor a prediction may be off."""
+FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "requests/s": lambda row: row["requests_per_s"],
+    "TTFT mean": lambda row: row["ttft_s"]["mean"],
+    "ITL mean": lambda row: row["inter_token_latency_s"]["mean"],
+    "TTFT p50": lambda row: row["ttft_s"]["p50"],
+    "ITL p50": lambda row: row["inter_token_latency_s"]["p50"],
+    "ITL p95": lambda row: row["inter_token_latency_s"]["p95"],
+}
+HELD = ("requests/s", "TTFT mean", "ITL mean")
+"""The figures that have to agree: a model without noise has no tails."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,12 +128,31 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         folder = _checkpoint(args, Path(scratch))
         cost = find_cost_model(args.cost) if args.cost else _calibration().fit(_engine_args(folder))
         assert isinstance(cost, LinearCost)
-        rows = asyncio.run(_check(cost, folder, args.max_num_batched_tokens))
+        limits, rows = asyncio.run(_check(cost, folder, args.max_num_batched_tokens))
     _print_check(rows)
-    return {"fitted": cost.fitted, "rows": rows}
+    return {"prices": cost.document(), "limits": describe_limits(limits), "rows": rows}
 
 
-async def _check(cost: LinearCost, folder: Path, budget: int | None) -> list[dict[str, Any]]:
+def predict(cost: LinearCost, limits: Limits, users: int, clip_seconds: float, requests: int) -> dict[str, Any]:
+    """The figures of one load of CHECKED."""
+    fleet = Fleet(cost, limits)
+    fleet.run(_checked_load(users, clip_seconds, requests))
+    return summarise(fleet, None)
+
+
+def disagreements(rows: list[dict[str, Any]]) -> list[str]:
+    """What of `check`'s rows is predicted too badly, in words."""
+    found = []
+    for row in rows:
+        for name in HELD:
+            predicted, measured = FIGURES[name](row["predicted"]), FIGURES[name](row["measured"])
+            if not 1 / AGREEMENT <= predicted / measured <= AGREEMENT:
+                at = f"{row['users']} users, {row['clip_seconds']:g} s"
+                found.append(f"{name} at {at}: predicted {predicted:.3g}, measured {measured:.3g}")
+    return found
+
+
+async def _check(cost: LinearCost, folder: Path, budget: int | None) -> tuple[Limits, list[dict[str, Any]]]:
     calibration = _calibration()
     client = await calibration.ProcessEngineClient.start(_engine_args(folder, budget))
     info = client.info
@@ -127,34 +161,25 @@ async def _check(cost: LinearCost, folder: Path, budget: int | None) -> list[dic
     await calibration.measure(client, folder, _checked_load(4, 2.0, 8, seed=1))
     for users, clip_seconds, requests in CHECKED:
         outcomes, wall = await calibration.measure(client, folder, _checked_load(users, clip_seconds, requests))
-        fleet = Fleet(cost, limits)
-        fleet.run(_checked_load(users, clip_seconds, requests))
-        predicted = summarise(fleet, None)
         measured = {
             "requests_per_s": requests / wall,
             "ttft_s": percentiles([outcome.ttft for outcome in outcomes]),
             "inter_token_latency_s": percentiles([gap for outcome in outcomes for gap in outcome.gaps]),
         }
-        rows.append({"users": users, "clip_seconds": clip_seconds, "measured": measured, "predicted": predicted})
+        predicted = predict(cost, limits, users, clip_seconds, requests)
+        load = {"users": users, "clip_seconds": clip_seconds, "requests": requests}
+        rows.append({**load, "measured": measured, "predicted": predicted})
     await client.close()
-    return rows
+    return limits, rows
 
 
 def _print_check(rows: list[dict[str, Any]]) -> None:
-    figures: dict[str, Callable[[dict[str, Any]], float]] = {
-        "requests/s": lambda row: row["requests_per_s"],
-        "TTFT mean": lambda row: row["ttft_s"]["mean"],
-        "TTFT p50": lambda row: row["ttft_s"]["p50"],
-        "ITL mean": lambda row: row["inter_token_latency_s"]["mean"],
-        "ITL p50": lambda row: row["inter_token_latency_s"]["p50"],
-        "ITL p95": lambda row: row["inter_token_latency_s"]["p95"],
-    }
-    print("users clip  " + "  ".join(f"{name:>24}" for name in figures))
+    print("users clip  " + "  ".join(f"{name:>24}" for name in FIGURES))
     for row in rows:
-        row["error"] = {name: pick(row["predicted"]) / pick(row["measured"]) - 1 for name, pick in figures.items()}
+        row["error"] = {name: pick(row["predicted"]) / pick(row["measured"]) - 1 for name, pick in FIGURES.items()}
         cells = [
             f"{pick(row['predicted']):8.4g} {pick(row['measured']):8.4g} {row['error'][name]:+6.1%}"
-            for name, pick in figures.items()
+            for name, pick in FIGURES.items()
         ]
         print(f"{row['users']:5} {row['clip_seconds']:3.0f}s  " + "  ".join(f"{cell:>24}" for cell in cells))
     print("(each: predicted, measured, error)")
@@ -232,6 +257,8 @@ def main() -> None:
     commands = {"run": run, "capacity": capacity, "policy": policy, "calibrate": calibrate, "check": check}
     result = commands[args.command](args)
     finish({"benchmark": f"simulator {args.command}", "cost": getattr(args, "cost", None), **result}, args.output)
+    if args.command == "check" and (found := disagreements(result["rows"])):
+        sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -116,22 +118,54 @@ def poisson(mix: Mix, rate: float, seconds: float, seed: int) -> list[Job]:
 def read_trace(path: Path) -> list[Job]:
     """JSON lines with arrival, clip_seconds (one or a list), prompt_tokens, output_tokens, and what else Job has.
 
-    prompt_tokens counts the placeholders of the clips, as a server's usage does. Raises ValueError.
+    prompt_tokens counts the placeholders of the clips, as a server's usage does. What a server wrote with
+    `--log-json` is a trace too (see `_logged`); time begins with its first line. Raises ValueError.
     """
-    jobs = []
+    jobs: list[Job] = []
+    start: float | None = None
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             raw = json.loads(line)
-            seconds = raw.pop("clip_seconds", [])
-            clips = tuple(seconds) if isinstance(seconds, list) else (seconds,)
-            audio = sum(num_audio_tokens(num_samples(value)) for value in clips)
-            text = raw.pop("prompt_tokens") - audio
-            if text < 1 or raw["output_tokens"] < 1 or not all(0 < value <= MAX_AUDIO_SECONDS for value in clips):
-                raise ValueError("lengths out of range")
-            jobs.append(Job(clips, text, **{"conversation": number, **raw}))
+            if "logger" in raw:
+                ended = datetime.fromisoformat(raw["ts"]).timestamp()
+                start = ended if start is None else start
+                jobs += _logged(raw, ended - start, 1000 * number)
+            else:
+                jobs.append(_traced({"conversation": number, **raw}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return sorted(jobs, key=lambda job: job.arrival)
+
+
+def _traced(raw: dict[str, Any]) -> Job:
+    seconds = raw.pop("clip_seconds", [])
+    clips = tuple(seconds) if isinstance(seconds, list) else (seconds,)
+    audio = sum(num_audio_tokens(num_samples(value)) for value in clips)
+    text = raw.pop("prompt_tokens") - audio
+    if text < 1 or raw["output_tokens"] < 1 or not all(0 < value <= MAX_AUDIO_SECONDS for value in clips):
+        raise ValueError("lengths out of range")
+    return Job(clips, text, **raw)
+
+
+def _logged(raw: dict[str, Any], ended: float, conversation: int) -> list[Job]:
+    """The jobs of a line of a server's log; none if it is not of a request that was answered.
+
+    The line tells sums: clips are taken as equally long, and so are the windows of a file, each of which is a job.
+    Which prompts began alike it does not tell: every job has a conversation of its own.
+    """
+    if not raw.get("completion_tokens"):
+        return []
+    count = raw.get("audio_count", 0)
+    clips = (min(raw["audio_seconds"] / count, MAX_AUDIO_SECONDS),) * count if count else ()
+    parts = [(clip,) for clip in clips] if "audio" in raw["route"] else [clips]
+    arrival = max(0.0, ended - raw["e2e_ms"] / 1000)
+    jobs = []
+    for index, seconds in enumerate(parts):
+        audio = sum(num_audio_tokens(num_samples(value)) for value in seconds)
+        text = max(1, raw["prompt_tokens"] // len(parts) - audio)
+        output = max(1, raw["completion_tokens"] // len(parts))
+        jobs.append(Job(seconds, text, output, arrival, conversation=conversation + index, kind=raw["route"]))
+    return jobs
 
 
 def write_trace(path: Path, jobs: list[Job]) -> None:

@@ -12,7 +12,8 @@ There are no phases; chunks of prompts and decodes share a step. Rules that keep
 - A chunk ends before a clip whose embeddings cannot be had in this step. New clips are encoded under a budget of
   mel frames a step; they are kept while a sequence needs them (see encoder_cache).
 - While something decodes, encoding draws on the budget of tokens as well, at `frame_cost` tokens a mel frame, so
-  that no answer under way ever waits longer than for a chunk. One clip a step is encoded whatever it costs.
+  that answers under way wait for a chunk's worth of work. One clip a step is encoded whatever it costs: it cannot be
+  cut, so an answer may wait for one clip that is more than what is left.
 - A request with n choices is n sequences with one prompt. The first computes it, the others wait meanwhile, and
   `_fork` lets each begin where the prompt ends: it shares the prompt's full blocks and gets a copy of the last one,
   so that nobody writes to what another reads. A fork has no output, hence no state but the prompt's: whoever keeps

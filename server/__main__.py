@@ -35,6 +35,7 @@ from server.listener import ListenError, listen
 from server.observe.logs import configure_logging
 from server.observe.metrics_server import metrics_served
 from server.observe.observers import TracingError, check_tracing
+from server.prompt.consistency import check_folder
 from server.start_progress import StartProgress
 from server.summary import startup_summary
 
@@ -109,13 +110,15 @@ async def start_engine(settings: Settings) -> tuple[ProcessEngineClient, Path]:
 
 
 def find_checkpoint(settings: Settings) -> Path:
-    """Its folder, downloaded if need be. Raises ModelError."""
-    return resolve_checkpoint(
+    """Its folder, downloaded if need be, whose tokenizer is its own. Raises ModelError."""
+    folder = resolve_checkpoint(
         settings.model or str(BUNDLED_CHECKPOINT),
         settings.revision,
         settings.download_dir,
         with_weights=settings.load_format == "auto",
     )
+    check_folder(folder)  # before minutes go into loading
+    return folder
 
 
 async def _serve(

@@ -67,6 +67,14 @@ class DrainingServer(uvicorn.Server):
             grace_s = 0.0 if sig == signal.SIGINT else self._policy.grace_s
             loop.call_soon_threadsafe(self._begin_end, grace_s, self._policy.timeout_s)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, after which the application ends in order even when it has to at once."""
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves it to be cancelled, which shows a traceback
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS_SECONDS):
+                    await self.lifespan.shutdown()
+
     def end_after_engine_death(self) -> None:
         """End as soon as the requests in flight have been told."""
         self._traffic.is_draining = True

@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from benchmarks.cost_model import H200_BF16, H200_BF16_FLOOR, LinearCost, StepWork, find_cost_model, work_of
 from benchmarks.load_models import ClosedLoad, OpenLoad, Together
 from benchmarks.simulation import Fleet, Flight, FrontCost, Limits, Router
+from benchmarks.simulator import CHECKED, disagreements, predict
 from benchmarks.summary import summarise
 from benchmarks.workload import Job, Mix, engine_request, fixed_mix, poisson, read_trace, write_trace
+from engine.device import CPU_TOKEN_BUDGET
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from model.config import Qwen2AudioConfig, TextConfig
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = Limits(max_num_seqs=6, max_num_batched_tokens=512, kv_cache_tokens=4096)
@@ -126,7 +129,7 @@ def test_mixed_steps_cost_what_the_roofline_says(chunk: int, expected_ms: float)
 
 def test_a_prompt_of_30_s_costs_what_the_roofline_says() -> None:
     """800 tokens: 10.53 TFLOP of the decoder, 2.28 of the encoder (its convolutions, 1 %, are left out)."""
-    scheduler = Limits().scheduler()
+    scheduler = Limits().scheduler(H200_BF16.frame_cost)
     scheduler.add(Sequence(engine_request(Job((30.0,), 50, 1), "a"), seed=0))
     work = work_of(scheduler.schedule())
     assert work == StepWork(1, 800, 1, 1, 800, 800 * 801 // 2, 1, 1500, 1500**2)
@@ -137,13 +140,42 @@ def test_a_prompt_of_30_s_costs_what_the_roofline_says() -> None:
 
 
 def test_fitted_prices_survive_their_file(tmp_path: Path) -> None:
-    cost = LinearCost(tuple(float(price) for price in range(1, 10)), "here")
+    cost = LinearCost(tuple(float(price) for price in range(1, 10)), "here", frame_cost=0.4)
     cost.save(tmp_path / "cost.json")
     assert find_cost_model(str(tmp_path / "cost.json")) == cost
+    assert LinearCost.from_document(cost.document()) == cost
     assert cost.step_seconds(StepWork(1, 2, 0, 0, 0, 0, 0, 0, 3)) == 1 + 2 * 2 + 3 * 9
     (tmp_path / "other.json").write_text('{"seconds": {"num_tokens": 1}}')
     with pytest.raises(ValueError, match="no cost model"):
         find_cost_model(str(tmp_path / "other.json"))
+
+
+def test_what_was_measured_on_a_cpu_is_what_todays_scheduler_is_predicted_to_do() -> None:
+    document = json.loads((ROOT / "benchmarks/results/cpu/simulation.json").read_text(encoding="utf-8"))
+    cost, limits = LinearCost.from_document(document["prices"]), Limits(**document["limits"])
+    rows = document["rows"]
+    assert [(row["users"], row["clip_seconds"], row["requests"]) for row in rows] == list(CHECKED)
+    again = [
+        {**row, "predicted": predict(cost, limits, row["users"], row["clip_seconds"], row["requests"])}
+        for row in rows
+    ]
+    assert disagreements(again) == []
+
+
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.4, True), (1.6, False), (0.6, False)])
+def test_a_prediction_that_is_too_far_off_is_named(factor: float, agrees: bool) -> None:
+    figures = {"requests_per_s": 4.0, "ttft_s": {"mean": 0.2}, "inter_token_latency_s": {"mean": 0.01}}
+    measured = {**figures, "ttft_s": {"mean": 0.2 / factor}}
+    row = {"users": 4, "clip_seconds": 2.0, "predicted": figures, "measured": measured}
+    named = [f"TTFT mean at 4 users, 2 s: predicted 0.2, measured {0.2 / factor:.3g}"]
+    assert disagreements([row]) == ([] if agrees else named)
+
+
+def test_the_scheduler_counts_encoding_as_the_engines_does() -> None:
+    published = Qwen2AudioConfig(text=TextConfig(intermediate_size=11008))
+    (replica,) = Fleet(H200_BF16, Limits()).replicas
+    assert replica.scheduler.frame_cost == pytest.approx(published.frame_cost, rel=0.02)
+    assert 3000 * published.frame_cost < CPU_TOKEN_BUDGET / 3  # 30 s: the smallest chunk has room for it
 
 
 def test_a_trace_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -167,6 +199,24 @@ def test_a_trace_that_makes_no_sense_is_refused_by_its_line(tmp_path: Path, line
     (tmp_path / "trace.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(ValueError, match="line 2"):
         read_trace(tmp_path / "trace.jsonl")
+
+
+def test_a_servers_log_is_a_trace(tmp_path: Path) -> None:
+    page = (ROOT / "docs/observability.md").read_text(encoding="utf-8")
+    line = json.loads(page.split("```json\n")[1].split("```")[0])
+    later = {**line, "ts": "2026-11-24T23:59:14.345Z"}
+    file = {"route": "/v1/audio/transcriptions", "audio_count": 3, "audio_seconds": 72.0, "prompt_tokens": 2100}
+    silent = {"ts": "2026-11-24T23:59:11.345Z", "level": "info", "logger": "server.lifecycle", "message": "ready"}
+    lines = [silent, line, {**line, "status": 400, "completion_tokens": 0}, {**later, **file}]
+    (tmp_path / "server.log").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    asked, *windows = read_trace(tmp_path / "server.log")
+    assert (asked.clip_seconds, asked.prompt_tokens, asked.output_tokens) == ((4.5,), 143, 22)
+    assert asked.arrival == pytest.approx(1.0 - 0.4126)
+    assert [(one.clip_seconds, one.prompt_tokens, one.output_tokens) for one in windows] == [((24.0,), 700, 7)] * 3
+    assert windows[0].arrival - asked.arrival == pytest.approx(2.0)
+    fleet = Fleet(H200_BF16, Limits())
+    assert len(fleet.run(OpenLoad(read_trace(tmp_path / "server.log")))) == 4
+    assert not fleet.replicas[0].scheduler.stats.prefix_cache_hits
 
 
 def test_later_turns_repeat_what_was_said() -> None:

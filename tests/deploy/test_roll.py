@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from deploy.roll import RollError, roll
 from tests.deploy.conftest import ROOT
+from tests.documentation.code_blocks import DEFAULT, Block, all_blocks, look_like_the_repository, replaced
 
 SEEN_AFTER_SECONDS = 0.5
 """What the router takes to see that a replica is back."""
@@ -67,6 +70,9 @@ class World:
             ]}  # fmt: skip
         if path.endswith("/ready"):
             return (200 if self.is_ready[int(path[1])] else 503), {}
+        if path.startswith("/restart/"):
+            self.restart(("one", "two").index(path.removeprefix("/restart/")))
+            return 200, {}
         return 404, {}
 
     def restart(self, number: int) -> None:
@@ -129,3 +135,22 @@ def test_the_command_line(world: World) -> None:
     assert status == 1
     assert output.endswith("`exit 3` ended with status 3\n")
     assert status_of("true")[0] == 2
+
+
+@pytest.mark.parametrize("block", all_blocks("run by tests/deploy/test_roll.py"), ids=lambda block: block.name)
+def test_the_command_of_the_documentation(block: Block, world: World, tmp_path: Path) -> None:
+    """As pasted: its hosts are those of the world, and `ssh HOST sudo systemctl restart tympan` restarts one."""
+    environment = look_like_the_repository(tmp_path)
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    ssh = f'#!/bin/sh\ntest "$2 $3 $4 $5" = "sudo systemctl restart tympan" && curl -fsS {world.url}/restart/$1\n'
+    (commands / "ssh").write_text(ssh, encoding="ascii")
+    (commands / "ssh").chmod(0o755)
+    environment["PATH"] = f"{commands}{os.pathsep}{environment['PATH']}"
+    hosts = {f"http://10.0.0.{number + 1}:8000": url for number, url in enumerate(world.replicas)}
+    command = replaced(block.code, {DEFAULT: f"{world.url}/router", **hosts})
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command], cwd=tmp_path, env=environment, capture_output=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert world.log == ["out 0", "restart 0", "in 0", "out 1", "restart 1", "in 1"]

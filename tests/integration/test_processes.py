@@ -130,6 +130,7 @@ def test_second_signal_ends_at_once(server: ServerProcess) -> None:
     time.sleep(0.5)
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(10)
+    assert not [line for line in server.lines if "Traceback" in line]
 
 
 def test_disconnects_free_the_engine(reference_server: ServerProcess) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from configs.settings import Settings
-from server.__main__ import BUNDLED_CHECKPOINT, engine_args, main
+from model.errors import ConfigError
+from server.__main__ import BUNDLED_CHECKPOINT, engine_args, find_checkpoint, main
 from server.listener import listen
 from server.start_progress import StartProgress
 from server.summary import startup_summary
@@ -109,6 +111,16 @@ def test_a_start_that_fails_is_one_sentence() -> None:
     assert ended.returncode == 1
     assert "no-such-folder" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_a_tokenizer_of_another_checkpoint_is_told_before_the_engine_starts(tmp_path: Path) -> None:
+    shutil.copytree(BUNDLED_CHECKPOINT, tmp_path, dirs_exist_ok=True)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["added_tokens"] = tokenizer["added_tokens"][:1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert find_checkpoint(Settings()) == BUNDLED_CHECKPOINT
+    with pytest.raises(ConfigError, match=r"^tokenizer\.json is not this checkpoint's: "):
+        find_checkpoint(Settings(model=str(tmp_path)))
 
 
 def test_settings_reach_the_engine() -> None:
