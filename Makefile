@@ -12,6 +12,8 @@ CLIENTS := .clients
 BROWSER := .browser
 TOPOLOGY := .topology
 TOOLS := .tools
+CHROMIA := chromium chromium-browser google-chrome google-chrome-stable
+HAS_CHROMIUM := { test -n "$$CHROME_PATH" $(foreach name,$(CHROMIA),|| command -v $(name)); } >/dev/null
 LOCKED := --quiet --disable-pip-version-check --require-hashes --no-deps --requirement
 
 .PHONY: help setup serve test docs browser clients topology peers bench gpu lint types check lock licences audit sbom lint-deploy hooks clean
@@ -42,8 +44,7 @@ test: $(VENV)/.dev ## run the tests; make test ARGS="-k scheduler"
 	$(BIN)/python -m pytest $(ARGS)
 
 browser: $(VENV)/.browser $(BROWSER)/.done ## the playground in Chromium with a fake microphone; needs chromium
-	@test -n "$$CHROME_PATH" || command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null \
-		|| { echo "Chromium is needed: apt-get install chromium, or name one in CHROME_PATH"; exit 1; }
+	@$(HAS_CHROMIUM) || { echo "Chromium is needed: apt-get install chromium, or name one in CHROME_PATH"; exit 1; }
 	$(BIN)/python -m pytest tests/browser -m browser $(ARGS)
 
 $(VENV)/.browser: $(VENV)/.dev tests/browser/python.txt
@@ -99,9 +100,12 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types docs test clients lint-deploy sbom ## all that CI runs: the code, and what is shipped with it
+check: lint types docs test clients lint-deploy sbom ## all that CI runs: the code, the playground, what is shipped
 	$(TOOLS)/bin/python -m tools.licences --check
 	$(TOOLS)/bin/python -m tools.audit --or-say-so
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(TOOLS)/bin/pre-commit run --all-files; \
+		else echo "the hooks of .pre-commit-config.yaml are NOT RUN: this is no git repository"; fi
+	@if $(HAS_CHROMIUM); then $(MAKE) browser; else echo "the playground is NOT TRIED: Chromium is missing"; fi
 
 # What tools/ runs on.
 $(TOOLS)/.done: requirements/tools.txt

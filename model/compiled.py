@@ -202,3 +202,16 @@ def exp2(x: Any) -> Any:
     power = power * r + EXP2[1]
     power = power * r + EXP2[0]
     return power * float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
+
+
+@njit(error_model="numpy")
+def largest(values: Any) -> Any:
+    """Of float32, by the order of their bits: a loop over integers is vectorised, one over floats is not.
+
+    A NaN with its sign clear is the largest of all.
+    """
+    most = np.int32(-(2**31))
+    for i in range(values.shape[0]):
+        bits = bits_of_float(values[i])
+        most = max(most, bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    return float_of_bits(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF)))

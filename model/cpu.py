@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from model import gemm_cpu
+from model.attention.dense_cpu import DenseAttention
 from model.attention.paged_cpu import PagedAttention
 from model.compiled import parallel_region
 from model.fused_cpu import rms_norm, swiglu
@@ -43,3 +45,5 @@ def compile_kernels(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
     if parallel_region():
         PagedAttention(head_dim, block_size, dtype)
         compile_one_token(dtype == torch.bfloat16)
+        if dtype == torch.bfloat16 and gemm_cpu.can_run():
+            DenseAttention()

@@ -52,13 +52,13 @@ def compile_gemm() -> int:
             if first >= width:
                 break
             size = min(BLOCK, width - first)
-            sums = carray(pointer(a.sums + 4 * first * rounded_up), (rounded_up, BLOCK), np.float32)
+            sums_at = a.sums + 4 * first * rounded_up
+            sums = carray(pointer(sums_at), (rounded_up, BLOCK), np.float32)
             sums[:] = 0
             for k in range(0, depth, DEPTH):
                 block = a.weight + 2 * (first * depth + k * BLOCK)
-                for row in range(0, num_rows, ROWS):
-                    x, totals = a.x + 2 * (row * depth + k), a.sums + 4 * (first * rounded_up + row * BLOCK)
-                    _multiply(x, 2 * depth, block, min(DEPTH, depth - k) // 2, totals)
+                num_words = min(DEPTH, depth - k) // 2
+                multiply(num_rows, a.x + 2 * k, 2 * depth, block, num_words, sums_at, 4 * BLOCK)
             for row in range(num_rows):
                 start = row * width + first
                 if a.bias != 0:
@@ -82,6 +82,19 @@ def _narrow(sums: Any, out: Any) -> None:
         out[i] = narrow(sums[i])
 
 
+@njit(error_model="numpy")
+def multiply(
+    num_rows: int, x: int, row_bytes: int, block: int, num_words: int, sums: int, sums_row_bytes: int
+) -> None:
+    """sums += x times the BLOCK columns of a block. Addresses, and bytes from row to row.
+
+    Rows of x and of the sums to a multiple of ROWS are read and written, whatever they hold.
+    """
+    for row in range(0, num_rows, ROWS):
+        target = sums + row * sums_row_bytes
+        _multiply_rows(x + row * row_bytes, row_bytes, block, num_words, target, sums_row_bytes)
+
+
 class BFloat16(ir.types.Type):  # type: ignore[misc]
     """The type by its name: llvmlite has none for it."""
 
@@ -96,15 +109,17 @@ class BFloat16(ir.types.Type):  # type: ignore[misc]
 
 
 @intrinsic
-def _multiply(_typing: Any, _x: Any, _row_bytes: Any, _block: Any, _num_words: Any, _sums: Any) -> Any:
-    """sums += x times the BLOCK columns of a block, of ROWS rows `row_bytes` apart. Addresses, all int64."""
+def _multiply_rows(
+    _typing: Any, _x: Any, _row_bytes: Any, _block: Any, _num_words: Any, _sums: Any, _sums_row_bytes: Any
+) -> Any:
+    """`multiply` for ROWS rows; all int64."""
     word = ir.IntType(32)
     lanes, words = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(word, LANES)
     pairs = ir.VectorType(BFloat16(), 2 * LANES)
     per_row = BLOCK // LANES
 
     def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        x, row_bytes, block, num_words, sums = arguments
+        x, row_bytes, block, num_words, sums, sums_row_bytes = arguments
 
         def after(start: Any, size: Any, times: Any, kind: Any) -> Any:
             """The address that many sizes on, as a pointer."""
@@ -115,7 +130,10 @@ def _multiply(_typing: Any, _x: Any, _row_bytes: Any, _block: Any, _num_words: A
 
         kind = ir.FunctionType(lanes, [lanes, pairs, pairs])
         dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        places = [after(sums, WORD * LANES, i, lanes) for i in range(ROWS * per_row)]
+        rows_of_sums = [
+            builder.ptrtoint(after(sums, sums_row_bytes, row, word), ir.IntType(64)) for row in range(ROWS)
+        ]
+        places = [after(start, WORD * LANES, i, lanes) for start in rows_of_sums for i in range(per_row)]
         totals = [cgutils.alloca_once(builder, lanes) for _ in places]
         for total, place in zip(totals, places, strict=True):
             builder.store(builder.load(place, align=WORD), total)
@@ -136,4 +154,4 @@ def _multiply(_typing: Any, _x: Any, _row_bytes: Any, _block: Any, _num_words: A
             builder.store(builder.load(total), place, align=WORD)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), codegen
+    return types.void(*[types.int64] * 6), codegen

@@ -2,8 +2,9 @@
 
 Prompts are products of matrices, which torch does well one sequence at a time (`reference`); decodes, and the few
 tokens that speculation adds to them, read a cache that no product helps with (`paged_cpu`). In bfloat16 a prompt or
-a clip is attended by two plain products: torch's fused attention multiplies bfloat16 in a way that CPUs without AMX
-are slow at. The scores are rounded to bfloat16 on the way, as in the reference's eager attention.
+a clip is attended by a kernel of our own where the CPU multiplies bfloat16 (`dense_cpu`), else by two plain
+products: torch's fused attention multiplies bfloat16 in a way that CPUs without AMX are slow at. The scores of the
+plain products are rounded to bfloat16 on the way, as in the reference's eager attention.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from model.attention.base import AttentionMetadata
+from model.attention.dense_cpu import DenseAttention, takes
 from model.attention.paged_cpu import PagedAttention
 from model.attention.reference import ReferenceBackend
 from model.attention.rotate_cpu import rotate_and_write
+from model.gemm_cpu import can_run
 
 MAX_QUERIES = 16
 """Of a sequence, for the kernel: it reads all keys again for each."""
@@ -34,6 +37,7 @@ class CpuBackend(ReferenceBackend):
     def __init__(self) -> None:
         super().__init__()
         self._kernels: dict[torch.dtype, PagedAttention] = {}
+        self._dense: DenseAttention | None = None
         later = torch.full((MAX_CAUSAL_QUERIES, MAX_CAUSAL_QUERIES), float("-inf"), dtype=torch.bfloat16)
         self._later = later.triu(1)
         """Added to the scores of keys that come after their query."""
@@ -75,6 +79,13 @@ class CpuBackend(ReferenceBackend):
         """query: [Q, H, D]; key, value: [S, Hkv, D] -> [Q, H, D]."""
         if query.dtype != torch.bfloat16:
             return super()._attend(query, key, value, causal=causal)
+        if can_run() and takes(query, key, value):
+            self._dense = self._dense or DenseAttention()
+            return self._dense(query, key, value, causal=causal)
+        return self._attend_by_products(query, key, value, causal=causal)
+
+    def _attend_by_products(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+        """As `_attend`, in bfloat16."""
         num_queries, num_heads = query.shape[:2]
         if (group := num_heads // key.shape[1]) > 1:
             key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))

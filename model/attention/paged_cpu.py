@@ -25,6 +25,7 @@ from model.compiled import (
     as_float32,
     compile_region,
     exp2,
+    largest,
     narrow,
     parallel_region,
     pointer,
@@ -219,19 +220,10 @@ def _ask_for(cache: Any, i: int, blocks: Any, block_size: int, width: int, shift
 @njit(fastmath=REASSOCIATE, error_model="numpy")
 def _softmax(scores: Any, scale: Any) -> None:
     """In place: 2^(scale (score - largest)), then normalised."""
-    largest = _largest(scores)
+    most = largest(scores)
     total = np.float32(0)
     for i in range(scores.shape[0]):
-        scores[i] = exp2((scores[i] - largest) * scale)
+        scores[i] = exp2((scores[i] - most) * scale)
         total += scores[i]
     for i in range(scores.shape[0]):
         scores[i] /= total
-
-
-@njit(fastmath=True)
-def _largest(scores: Any) -> Any:
-    """Whatever it gives where a score is NaN: the softmax is NaN then in any case."""
-    largest = scores[0]
-    for i in range(scores.shape[0]):
-        largest = max(largest, scores[i])
-    return largest

@@ -15,8 +15,8 @@ import { Transcription } from "./transcription.js";
 const WIDE = matchMedia("(min-width: 1000px)");
 const HINTS = {
   "tympan-tiny":
-    "This is the small checkpoint that comes with Tympan. It understands spoken digits (“four two seven”), some forty " +
-    "command words (“open the door”, “red window”) and a few sounds: enough to try everything here.",
+    "This is the small checkpoint that comes with Tympan. It understands some seventy English " +
+    "words, digits (“four two seven”) and commands (“open the door”) among them, and six sounds: enough to try everything here.",
 };
 
 function start() {

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server.version import VERSION
 from tympan.cli.errors import EXIT_INTERRUPTED, CommandError
 from tympan.cli.formats import Format
 
@@ -38,6 +39,21 @@ ApiKey = Annotated[
 ]
 ServedModel = Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first that the server lists.")]
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"tympan {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(context_settings=OF_THE_SERVER, add_help_option=False)

@@ -9,6 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from server.version import VERSION
 from tympan.cli.errors import CommandError
 from tympan.cli.main import app
 
@@ -25,6 +26,11 @@ def test_every_command_has_help() -> None:
         help_text = CliRunner().invoke(app, [name, "--help"])
         assert help_text.exit_code == 0, name
         assert "usage" in help_text.stdout.lower(), name
+
+
+def test_the_version_is_the_servers() -> None:
+    told = CliRunner().invoke(app, ["--version"])
+    assert (told.exit_code, told.stdout) == (0, f"tympan {VERSION}\n")
 
 
 @pytest.mark.parametrize("command", [["--help"], ["serve", "--help"], ["doctor", "--help"]])
