@@ -28,6 +28,7 @@ from engine.answer import SampledToken
 from engine.block_manager import BlockManager
 from engine.encoder_cache import EncoderCache
 from engine.plan import SchedulerOutput
+from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 
@@ -44,11 +45,13 @@ class Limits:
     max_model_len: int = 8192
     kv_cache_tokens: int = 221_700
     block_size: int = 16
+    enable_prefix_caching: bool = True
 
     def scheduler(self, frame_cost: float) -> Scheduler:
         """A fresh one. frame_cost: tokens that a mel frame counts as."""
+        prefix_cache = PrefixCache(self.block_size) if self.enable_prefix_caching else None
         return Scheduler(
-            BlockManager(self.kv_cache_tokens // self.block_size + 1, self.block_size),
+            BlockManager(self.kv_cache_tokens // self.block_size + 1, self.block_size, prefix_cache),
             EncoderCache(self.encoder_cache_tokens, row_bytes=1),
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -253,12 +256,26 @@ class Replica:
         self._deliver(flights, self._ends[0])
         for previous, end in itertools.pairwise(self._ends):
             self.gaps.add(end - previous, len(running), end)
+        self._grow_tables(count)
         for sequence, flight in zip(running, flights, strict=True):
             sequence.token_ids += [text_id(flight.job)] * count
             sequence.num_computed_tokens += count
+            self.scheduler.blocks.publish(sequence, sequence.num_computed_tokens)
             flight.num_tokens += count - 1
             flight.last_token = self._ends[-1]
         self.num_steps += count
+
+    def _grow_tables(self, count: int) -> None:
+        """Allocate what `count` steps would, in their order: it decides which cached blocks go."""
+        blocks = self.scheduler.blocks
+        size = blocks.block_size
+        due = [
+            (step, place, sequence)
+            for place, sequence in enumerate(self.scheduler.running)
+            for step in range(max(0, len(sequence.block_table) * size - sequence.num_tokens + 1), count, size)
+        ]
+        for step, _, sequence in sorted(due, key=lambda one: one[:2]):
+            blocks.allocate(sequence, sequence.num_tokens + step)
 
     def _deliver(self, flights: list[Flight], now: float) -> None:
         """One token for each."""

@@ -20,6 +20,7 @@ from benchmarks.simulator import CHECKED, disagreements, predict
 from benchmarks.summary import summarise
 from benchmarks.workload import Job, Mix, engine_request, fixed_mix, poisson, read_trace, write_trace
 from engine.device import CPU_TOKEN_BUDGET
+from engine.messages import EngineArgs
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from model.config import Qwen2AudioConfig, TextConfig
@@ -90,6 +91,21 @@ def test_steps_taken_at_once_change_nothing(limits: Limits) -> None:
         summarise(slow, None)["inter_token_latency_s"]
     )
     assert fast.replicas[0].scheduler.stats.num_steps < slow.replicas[0].scheduler.stats.num_steps
+
+
+def test_later_turns_find_what_the_prefix_cache_has() -> None:
+    def run(enable_prefix_caching: bool) -> Fleet:
+        fleet = Fleet(H200_BF16, Limits(enable_prefix_caching=enable_prefix_caching))
+        fleet.run(ClosedLoad(Mix(multi_turn_share=0.8), 4, max_requests=60, seed=1))
+        return fleet
+
+    with_cache, without = run(True), run(False)
+    found, asked = (
+        getattr(with_cache.replicas[0].scheduler.stats, f"prefix_cache_{name}") for name in ("hits", "queries")
+    )
+    assert found > asked / 3
+    assert without.replicas[0].scheduler.stats.prefix_cache_hits == 0
+    assert with_cache.now < without.now
 
 
 def test_a_cache_that_is_too_small_preempts() -> None:
@@ -176,6 +192,11 @@ def test_the_scheduler_counts_encoding_as_the_engines_does() -> None:
     (replica,) = Fleet(H200_BF16, Limits()).replicas
     assert replica.scheduler.frame_cost == pytest.approx(published.frame_cost, rel=0.02)
     assert 3000 * published.frame_cost < CPU_TOKEN_BUDGET / 3  # 30 s: the smallest chunk has room for it
+
+
+@pytest.mark.parametrize("name", ["long_prefill_token_threshold", "max_encoder_frames", "enable_prefix_caching"])
+def test_what_is_simulated_has_the_engines_defaults(name: str) -> None:
+    assert getattr(Limits(), name) == getattr(EngineArgs("folder"), name)
 
 
 def test_a_trace_comes_back_as_it_was_written(tmp_path: Path) -> None:
