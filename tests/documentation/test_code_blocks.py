@@ -147,9 +147,10 @@ def _serve(block: Block, folder: Path) -> None:
     "block", all_blocks("needs a GPU") + all_blocks("serves on a GPU"), ids=lambda block: block.name
 )
 def test_what_needs_a_gpu_says_so_without_one(block: Block, tmp_path: Path) -> None:
+    """At once, so that the lines of a block can be tried beside each other."""
     environment = look_like_the_repository(tmp_path)
-    whole = block.way == "serves on a GPU"
-    for command in [block.code] if whole else block.commands.splitlines():
+
+    def check(command: str) -> None:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command.replace("0.0.0.0", "127.0.0.1")],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
@@ -157,6 +158,9 @@ def test_what_needs_a_gpu_says_so_without_one(block: Block, tmp_path: Path) -> N
         assert done.returncode in (1, 2), command
         assert NO_GPU in done.stderr, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, [block.code] if block.way == "serves on a GPU" else block.commands.splitlines()))
 
 
 def test_the_programs_for_clients_are_those_that_make_clients_runs() -> None:
