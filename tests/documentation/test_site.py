@@ -19,6 +19,10 @@ from server.api.routes import router
 from .code_blocks import PAGES
 
 ROOT = Path(__file__).parents[2]
+ROOMS = (
+    *("server", "engine", "model", "audio", "configs", "tympan"),
+    *("tests", "tools", "deploy", "docs", "benchmarks", "checkpoints"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,15 @@ def test_defaults_that_pages_name_are_those_of_the_settings() -> None:
     for page, name, shown in found:
         default = Settings.model_fields[name.replace("-", "_")].default
         assert default == pytest.approx(float(shown.replace(",", ""))), f"{page}: --{name}"
+
+
+def test_sources_that_pages_name_exist() -> None:
+    """By their path in the repository, or the end of it."""
+    sources = [f"/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    named = re.compile(r"`([\w/]+\.py)`")
+    found = {(page, name) for page in PAGES for name in named.findall((ROOT / page).read_text(encoding="utf-8"))}
+    assert len(found) > 100
+    assert not [one for one in found if not any(source.endswith(f"/{one[1]}") for source in sources)]
 
 
 def test_the_reading_order_is_as_long_as_it_says() -> None:
