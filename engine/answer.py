@@ -23,7 +23,7 @@ class SampledToken:
 
 def grow(sequence: Sequence, tokens: tuple[SampledToken, ...], max_model_len: int) -> EngineOutput:
     """Append tokens, at least one, up to that which ends the answer or fails it: what comes behind is dropped."""
-    num_before = sequence.num_tokens
+    num_before = len(sequence.token_ids)
     for token in tokens:
         if token.error:
             return failed(sequence.sequence_id, token.error)
@@ -32,13 +32,15 @@ def grow(sequence: Sequence, tokens: tuple[SampledToken, ...], max_model_len: in
             break
     is_first = num_before == sequence.num_prompt_tokens
     new_token_ids = tuple(sequence.token_ids[num_before:])
-    is_stop_token = token.token_id in sequence.sampling.stop_token_ids
+    is_stop_token = reason is FinishReason.STOP and token.token_id in sequence.sampling.stop_token_ids
     return EngineOutput(
         request_id=sequence.request_id,
         new_token_ids=new_token_ids,
-        logprobs=tuple(token.logprobs for token in tokens[: len(new_token_ids)] if token.logprobs),
+        logprobs=tuple(one.logprobs for one in tokens[: len(new_token_ids)] if one.logprobs)
+        if token.logprobs
+        else (),
         finish_reason=reason,
-        stop_token_id=token.token_id if reason is FinishReason.STOP and is_stop_token else None,
+        stop_token_id=token.token_id if is_stop_token else None,
         num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
         index=sequence.index,
         times=_times(sequence) if is_first else None,

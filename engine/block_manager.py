@@ -167,6 +167,8 @@ class BlockManager:
             following = slice(after + 1, after + 1 + count)
             if not self._num_holders[following].any() and (self._last_used[following] < old).all():
                 return list(range(after + 1, after + 1 + count))
+        if count == 1:
+            return [int(np.where(self._num_holders == 0, self._last_used, self._num_left).argmin())]
         free = np.flatnonzero(self._num_holders == 0)
         last_used = self._last_used[free]
         run = _lowest_run(free[last_used < 0], count)

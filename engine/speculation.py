@@ -47,6 +47,8 @@ class Speculation:
 
     def count_rejected(self, num_drafts: int, output: EngineOutput | None) -> int:
         """-> drafts of one sequence in one step that did not come true: all new tokens but the last one did."""
+        if not num_drafts:
+            return 0
         num_accepted = min(num_drafts, max(0, len(output.new_token_ids) - 1)) if output else 0
         self.num_draft_tokens += num_drafts
         self.num_accepted_tokens += num_accepted

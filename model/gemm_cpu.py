@@ -17,8 +17,8 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from model.compiled import REASSOCIATE, compile_region, narrow, pointer, take_next, widen
-from model.gemv_cpu import ARGUMENTS, BLOCK, WORD
+from model.compiled import REASSOCIATE, compile_region, narrow, pointer, take_next
+from model.gemv_cpu import ARGUMENTS, BLOCK, WORD, add_to
 
 MAX_ROWS = 32
 """With more, oneDNN's is as fast (docs/decisions.md)."""
@@ -62,18 +62,12 @@ def compile_gemm() -> int:
             for row in range(num_rows):
                 start = row * width + first
                 if a.bias != 0:
-                    _add(sums[row, :size], carray(pointer(a.bias + 2 * first), size, np.int16))
+                    add_to(sums[row, :size], carray(pointer(a.bias + 2 * first), size, np.int16))
                 if a.residual != 0:
-                    _add(sums[row, :size], carray(pointer(a.residual + 2 * start), size, np.int16))
+                    add_to(sums[row, :size], carray(pointer(a.residual + 2 * start), size, np.int16))
                 _narrow(sums[row, :size], carray(pointer(a.out + 2 * start), size, np.int16))
 
     return region
-
-
-@njit(fastmath=REASSOCIATE, error_model="numpy")
-def _add(sums: Any, values: Any) -> None:
-    for i in range(values.shape[0]):
-        sums[i] += widen(values[i])
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")

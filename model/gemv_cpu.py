@@ -83,9 +83,9 @@ def compile_gemv(is_bfloat16: bool) -> int:
             size = min(BLOCK, a.num_columns - first)
             width = a.num_columns
             if a.bias != 0:
-                _add(sums, carray(pointer(a.bias), width, kind)[first : first + size])
+                add_to(sums, carray(pointer(a.bias), width, kind)[first : first + size])
             if a.residual != 0:
-                _add(sums, carray(pointer(a.residual), width, kind)[first : first + size])
+                add_to(sums, carray(pointer(a.residual), width, kind)[first : first + size])
             out = carray(pointer(a.out), width, kind)[first : first + size]
             for i in range(size):
                 out[i] = narrow(sums[i]) if is_bfloat16 else sums[i]
@@ -94,7 +94,8 @@ def compile_gemv(is_bfloat16: bool) -> int:
 
 
 @njit(fastmath=REASSOCIATE, error_model="numpy")
-def _add(sums: Any, values: Any) -> None:
+def add_to(sums: Any, values: Any) -> None:
+    """sums += values, float32 or bfloat16."""
     for i in range(values.shape[0]):
         sums[i] += as_float32(values[i])
 

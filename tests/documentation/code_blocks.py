@@ -42,6 +42,8 @@ DEFAULT = "http://127.0.0.1:8000"
 REAL_MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 STAND_IN = ROOT / "checkpoints" / "tympan-tiny"
 """What commands that name the real model find in the hub's cache here."""
+OF_AN_OUTER_RUN = ("TYMPAN_", "MAKE", "MFLAGS", "ARGS")
+"""Variables that a command of a page would not find in a reader's terminal; `make test ARGS=…` sets some."""
 _BLOCK = re.compile(
     r"^(?P<indent> *)(?:<!-- (?P<note>[^\n]*?) -->\n(?P=indent))?"
     r"```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
@@ -166,7 +168,7 @@ def look_like_the_repository(folder: Path) -> dict[str, str]:
     (cached / "snapshots").mkdir()
     (cached / "snapshots" / commit).symlink_to(STAND_IN)
     return {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("TYMPAN_", "MAKE", "MFLAGS"))},
+        **{name: value for name, value in os.environ.items() if not name.startswith(OF_AN_OUTER_RUN)},
         "PATH": f"{commands}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_CACHE": str(folder / ".hub"),

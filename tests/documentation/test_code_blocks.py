@@ -25,6 +25,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import yaml
 
 from configs.settings import Settings
 from tests.clients.test_clients import PROGRAMS
@@ -54,6 +55,7 @@ SESSIONS = sorted({(block.page, block.language in PYTHON) for block in PASTED})
 SERVING = list({block.commands: block for block in all_blocks("serves")}.values())
 """The same command on several pages is run once."""
 SPEECH = ROOT / "tests" / "fixtures" / "speech"
+TRAINING = "checkpoints/training/README.md"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 SWITCHES = {"no-" + name.replace("_", "-") for name in Settings.model_fields}
@@ -147,9 +149,10 @@ def _serve(block: Block, folder: Path) -> None:
     "block", all_blocks("needs a GPU") + all_blocks("serves on a GPU"), ids=lambda block: block.name
 )
 def test_what_needs_a_gpu_says_so_without_one(block: Block, tmp_path: Path) -> None:
+    """At once, so that the lines of a block can be tried beside each other."""
     environment = look_like_the_repository(tmp_path)
-    whole = block.way == "serves on a GPU"
-    for command in [block.code] if whole else block.commands.splitlines():
+
+    def check(command: str) -> None:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command.replace("0.0.0.0", "127.0.0.1")],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
@@ -157,6 +160,9 @@ def test_what_needs_a_gpu_says_so_without_one(block: Block, tmp_path: Path) -> N
         assert done.returncode in (1, 2), command
         assert NO_GPU in done.stderr, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, [block.code] if block.way == "serves on a GPU" else block.commands.splitlines()))
 
 
 def test_the_programs_for_clients_are_those_that_make_clients_runs() -> None:
@@ -224,13 +230,15 @@ def test_what_is_installed_by_hand_is_what_is_needed() -> None:
 
 
 def _inline() -> list[tuple[str, str]]:
-    """Page and command of all that stands in a sentence as something to type."""
-    pages = [
-        (page, (ROOT / page).read_text(encoding="utf-8")) for page in (*PAGES, "checkpoints/training/README.md")
-    ]
-    command = re.compile(r"`((?:\w+=\S+ )?(?:make|python -m|tympan|sh|docker compose) [^`\n]+)`")
+    """Page and command of all that stands in a sentence as something to type, and the lines of shell blocks.
+
+    Those of TRAINING take three hours and more than is installed here: this is all that is checked of them.
+    """
+    pages = [(page, (ROOT / page).read_text(encoding="utf-8")) for page in (*PAGES, TRAINING)]
+    command = re.compile(r"`((?:\w+=\S+ )?(?:make|python -m|tympan|sh|docker compose|kubectl|serve) [^`\n]+)`")
     found = [(page, text) for page, content in pages for text in command.findall(content)]
-    return [*found, *((block.page, line) for block in BLOCKS if block.language in SHELL for line in _lines(block))]
+    blocks = [*BLOCKS, *blocks_of(*pages[-1])]
+    return [*found, *((block.page, line) for block in blocks if block.language in SHELL for line in _lines(block))]
 
 
 def _lines(block: Block) -> list[str]:
@@ -249,6 +257,12 @@ def test_commands_in_sentences_name_what_there_is() -> None:
                 assert _flags(command) <= _flags_of(module), f"{page}: {command}"
         for file in re.findall(r"(?:configs|deploy|tests|benchmarks|checkpoints)/[\w./-]+\.\w+", command):
             assert (ROOT / file).exists() or "-o" in command or ">" in command, f"{page}: {command}"
+        for folder in re.findall(r"kubectl apply -k (\S+)", command):
+            parts = yaml.safe_load((ROOT / folder / "kustomization.yaml").read_text(encoding="utf-8"))["resources"]
+            assert all((ROOT / folder / part).exists() for part in parts), f"{page}: {command}"
+        for module, name in re.findall(r"serve run ([\w.]+):(\w+)", command):
+            source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+            assert re.search(rf"^{name} = ", source, re.MULTILINE), f"{page}: {command}"
         if re.match(r"make serve|python -m server|tympan serve", command):
             assert _flags(command) <= FLAGS, f"{page}: {command}"
 

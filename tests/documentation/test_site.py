@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,13 @@ from docs.fields import fields_page
 from server.api.openapi import operations
 from server.api.routes import router
 
+from .code_blocks import PAGES
+
 ROOT = Path(__file__).parents[2]
+ROOMS = (
+    *("server", "engine", "model", "audio", "configs", "tympan"),
+    *("tests", "tools", "deploy", "docs", "benchmarks", "checkpoints"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,36 @@ def test_the_settings_page_is_fresh() -> None:
     assert page == settings_page(), "run `python -m configs.reference > docs/configuration.md`"
     for name in Settings.model_fields:
         assert f"`TYMPAN_{name.upper()}`" in page
+
+
+def test_defaults_that_pages_name_are_those_of_the_settings() -> None:
+    """Where they are written as `--max-num-seqs` (64)."""
+    written = re.compile(r"`--([a-z-]+)`,? \(([\d,.]+)[;)]")
+    found = [(page, *one) for page in PAGES for one in written.findall((ROOT / page).read_text(encoding="utf-8"))]
+    assert len(found) > 10
+    for page, name, shown in found:
+        default = Settings.model_fields[name.replace("-", "_")].default
+        assert default == pytest.approx(float(shown.replace(",", ""))), f"{page}: --{name}"
+
+
+def test_sources_that_pages_name_exist() -> None:
+    """By their path in the repository, or the end of it."""
+    sources = [f"/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    named = re.compile(r"`([\w/]+\.py)`")
+    found = {(page, name) for page in PAGES for name in named.findall((ROOT / page).read_text(encoding="utf-8"))}
+    assert len(found) > 100
+    assert not [one for one in found if not any(source.endswith(f"/{one[1]}") for source in sources)]
+
+
+def test_the_reading_order_is_as_long_as_it_says() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", page, re.MULTILINE)
+    assert len(rows) > 10
+    lengths = [len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file, _ in rows]
+    for (file, said), length in zip(rows, lengths, strict=True):
+        assert length == pytest.approx(int(said), abs=30), f"{file} has {length} lines"
+    (total,) = re.findall(r"in this order, about ([\d,]+) lines", page)
+    assert sum(lengths) == pytest.approx(int(total.replace(",", "")), rel=0.1)
 
 
 @pytest.mark.parametrize(

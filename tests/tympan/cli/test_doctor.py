@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -113,6 +114,13 @@ def test_a_taken_port_and_nothing_else(taken_port: int) -> None:
     names = ["software", "devices", "memory", "access", "checkpoint", "engine", "attention", "context", "self-test"]
     assert [line.split()[1] for line in lines if line.startswith("ok")] == names
     assert lines[-1] == 'ok      self-test   the bundled checkpoint heard "four two seven"'
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^(?:ok|failed) +.*$", page, re.MULTILINE)
+    assert [line.split()[:2] for line in shown] == [line.split()[:2] for line in lines]
+    same = ("access", "port", "self-test")
+    assert [line.replace(":8000", f":{taken_port}") for line in shown if line.split()[1] in same] == [
+        line for line in lines if line.split()[1] in same
+    ]
 
 
 def test_wrong_settings_are_told_as_by_serve() -> None:
