@@ -24,6 +24,7 @@ from server.generation.channel import Channel
 from server.generation.generation import Delta, Usage
 from server.generation.replies import Body, Reply
 from server.observe.logs import log_failure
+from server.observe.request_record import RequestRecord
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -46,10 +47,12 @@ class EventStream(StreamingResponse, ABC, Generic[T]):
     def __init__(self, items: Channel[T], *, keep_alive_s: float | None) -> None:
         self._items = items
         self._keep_alive_s = keep_alive_s
+        self._record: RequestRecord | None = None
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events(), headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._record = scope["state"]["record"]
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -65,7 +68,10 @@ class EventStream(StreamingResponse, ABC, Generic[T]):
             ending = self._ending()
         except Exception as error:
             log_failure(logger, "a stream failed after it had begun", error)
-            ending = self._failure(to_api_error(error))
+            told = to_api_error(error)
+            if self._record is not None:
+                self._record.broken(told.code or str(told.status))
+            ending = self._failure(told)
         if ending:
             yield ending
 

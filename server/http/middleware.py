@@ -155,7 +155,7 @@ class _Exchange:
     async def fail(self, error: Exception, scope: Scope) -> None:
         """Answer with the error, unless an answer has begun: then only the connection can tell."""
         told = to_api_error(error)
-        self.record.refusal = told.code or str(told.status)
+        self.record.refusal, self.record.is_broken = told.code or str(told.status), self._has_begun
         if told.status >= 500 and told is not error:
             log_failure(logger, f"request {self.record.request_id} failed", error)
         if self._has_begun:

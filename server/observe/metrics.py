@@ -106,7 +106,7 @@ class Metrics:
         text = "Audio files by what their first bytes said they are."
         self._files = Counter("tympan:audio_files", text, ("format",), registry=registry)
         self._file_bytes = Counter("tympan:audio_bytes", "Bytes of audio files.", registry=registry)
-        text = "Requests answered with an error, by its code, or its status where it has none."
+        text = "Requests whose answer was, or ended with, an error: its code, or its status where it has none."
         self._refusals = Counter("tympan:refusals", text, ("reason",), registry=registry)
         text = "Engines started because the one before had failed."
         self._restarts = Counter("tympan:engine_restarts", text, registry=registry)

@@ -142,7 +142,9 @@ class RequestRecord:
     is_complete: bool = False
     """Whether the answer went out whole."""
     refusal: str | None = None
-    """The code of the error that was answered, or its status."""
+    """The code of the error that was answered, or its status; a stream's, too, that ended with one."""
+    is_broken: bool = False
+    """Whether an answer that had begun ended with an error: `status` is that of its beginning."""
     model: str | None = None
     is_stream: bool = False
     stages: list[Stage] = field(default_factory=list)
@@ -155,6 +157,10 @@ class RequestRecord:
     def stage(self, name: str, began: float, ended: float) -> None:
         """A stage is through."""
         self.stages.append(Stage(name, began, ended))
+
+    def broken(self, reason: str) -> None:
+        """The answer, which had begun, ends with an error of this code or status."""
+        self.refusal, self.is_broken = reason, True
 
     def file(self, num_bytes: int, container: str) -> None:
         """An audio file is there."""

@@ -91,7 +91,7 @@ class RequestTracer:
     def _describe(span: Span, record: RequestRecord) -> None:
         if record.refusal is not None:
             span.set_attribute("error.type", record.refusal)
-        if record.status >= 500:
+        if record.status >= 500 or record.is_broken:
             span.set_status(StatusCode.ERROR)
 
 
