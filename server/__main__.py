@@ -114,10 +114,9 @@ def chosen_model(settings: Settings) -> str:
     if settings.model is not None:
         return settings.model
     if not BUNDLED_CHECKPOINT.is_dir():
-        message = (
-            "the bundled checkpoint comes with a clone of the repository, not with the package: name another by"
+        raise CheckpointError(
+            "the bundled checkpoint comes with a clone of the repository, not with the package: name another by --model"
         )
-        raise CheckpointError(f"{message} --model")
     return str(BUNDLED_CHECKPOINT)
 
 

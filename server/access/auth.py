@@ -38,7 +38,7 @@ class ApiKeys:
             raise _unauthorized("You didn't provide an API key. Send it as: Authorization: Bearer YOUR_KEY", None)
         digest = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
         matches = [secrets.compare_digest(digest, other) for other in known]
-        if not any(matches):
+        if not sum(matches):  # any() would stop at the first that fits
             raise _unauthorized("Incorrect API key provided.", "invalid_api_key")
         return digest.hex()
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import math
 import os
+import secrets
+import statistics
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +145,46 @@ def test_every_key_is_compared(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert [other for _, other in compared] == digests
         assert {one for one, _ in compared} == {hashlib.sha256(guess.encode()).digest()}
     assert not any(key in repr(vars(keys)) for key in ("'one'", "'two'", "three", "four"))
+
+
+class Early(ApiKeys):
+    """What a comparison that stops at the first fit takes: the measure has to see it."""
+
+    def check(self, authorizations: Sequence[str]) -> str:
+        digest = hashlib.sha256(authorizations[0].partition(" ")[2].encode()).digest()
+        assert any(secrets.compare_digest(digest, other) for other in self._known())
+        return digest.hex()
+
+
+def apart(keys: ApiKeys, one: str, other: str, rounds: int = 400) -> tuple[float, float]:
+    """-> Welch's t of the faster halves of both guesses' times, taken in turn, and the difference as a share."""
+    taken: tuple[list[int], list[int]] = ([], [])
+    for number in range(rounds):
+        for which in (0, 1) if number % 2 else (1, 0):
+            authorizations = [f"Bearer {(one, other)[which]}"]
+            started = time.perf_counter_ns()
+            with contextlib.suppress(ApiError):
+                keys.check(authorizations)
+            taken[which].append(time.perf_counter_ns() - started)
+    halves = [sorted(times)[: rounds // 2] for times in taken]
+    difference = statistics.mean(halves[0]) - statistics.mean(halves[1])
+    error = math.sqrt(sum(statistics.variance(half) / len(half) for half in halves))
+    return abs(difference) / max(error, 1e-9), abs(difference) / statistics.mean(halves[0])
+
+
+def tells(keys: ApiKeys, one: str, other: str) -> bool:
+    """Whether the times of two guesses differ three times in a row, by more than a hundredth and beyond chance."""
+    return all(t > 5 and share > 0.01 for t, share in (apart(keys, one, other) for _ in range(3)))
+
+
+def test_times_do_not_tell_keys_apart() -> None:
+    """CVE-2025-59425: neither which key fits, nor how much of one a guess has right."""
+    names = [f"key-of-somebody-{number:04d}" for number in range(256)]
+    keys, first, last = ApiKeys(names), names[0], names[-1]
+    assert tells(Early(names), first, last), "else nothing is measured"
+    assert not tells(keys, first, last)
+    assert not tells(keys, first[:-1] + "x", "x" * len(first))
+    assert not tells(keys, last[:-1] + "x", "x" * len(last))
 
 
 def test_a_server_with_a_file_alone_is_closed(servers: Servers, path: Path, caplog: Any) -> None:
