@@ -115,7 +115,7 @@ def chosen_model(settings: Settings) -> str:
         return settings.model
     if not BUNDLED_CHECKPOINT.is_dir():
         raise CheckpointError(
-            "the bundled checkpoint comes with a clone of the repository, not with the package: name another by --model"
+            "the bundled checkpoint comes with a clone of the repository, not with the package: give a --model"
         )
     return str(BUNDLED_CHECKPOINT)
 

@@ -127,7 +127,7 @@ def test_a_package_without_the_bundled_checkpoint_asks_for_a_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("server.__main__.BUNDLED_CHECKPOINT", tmp_path / "gone")
-    with pytest.raises(CheckpointError, match="name another by --model"):
+    with pytest.raises(CheckpointError, match="give a --model"):
         find_checkpoint(Settings())
     assert find_checkpoint(Settings(model=str(BUNDLED_CHECKPOINT))) == BUNDLED_CHECKPOINT
 
