@@ -24,7 +24,7 @@ from engine.errors import EngineStartError
 from engine.messages import EngineArgs
 from engine.supervisor import RestartPolicy, SupervisedEngineClient
 from model.checkpoint import resolve_checkpoint
-from model.errors import ModelError
+from model.errors import CheckpointError, ModelError
 from server.access.key_file import KeysError
 from server.app import api_keys, create_app
 from server.heap import give_large_blocks_back
@@ -109,10 +109,21 @@ async def start_engine(settings: Settings) -> tuple[ProcessEngineClient, Path]:
         return await ProcessEngineClient.start(engine_args(settings, checkpoint), progress), checkpoint
 
 
+def chosen_model(settings: Settings) -> str:
+    """What --model says, else the bundled checkpoint. Raises CheckpointError where that did not come along."""
+    if settings.model is not None:
+        return settings.model
+    if not BUNDLED_CHECKPOINT.is_dir():
+        raise CheckpointError(
+            "the bundled checkpoint comes with a clone of the repository, not with the package: give a --model"
+        )
+    return str(BUNDLED_CHECKPOINT)
+
+
 def find_checkpoint(settings: Settings) -> Path:
     """Its folder, downloaded if need be, whose tokenizer is its own. Raises ModelError."""
     folder = resolve_checkpoint(
-        settings.model or str(BUNDLED_CHECKPOINT),
+        chosen_model(settings),
         settings.revision,
         settings.download_dir,
         with_weights=settings.load_format == "auto",

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from configs.settings import Settings
-from model.errors import ConfigError
+from model.errors import CheckpointError, ConfigError
 from server.__main__ import BUNDLED_CHECKPOINT, engine_args, find_checkpoint, main
 from server.listener import listen
 from server.start_progress import StartProgress
@@ -121,6 +121,15 @@ def test_a_tokenizer_of_another_checkpoint_is_told_before_the_engine_starts(tmp_
     assert find_checkpoint(Settings()) == BUNDLED_CHECKPOINT
     with pytest.raises(ConfigError, match=r"^tokenizer\.json is not this checkpoint's: "):
         find_checkpoint(Settings(model=str(tmp_path)))
+
+
+def test_a_package_without_the_bundled_checkpoint_asks_for_a_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("server.__main__.BUNDLED_CHECKPOINT", tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="give a --model"):
+        find_checkpoint(Settings())
+    assert find_checkpoint(Settings(model=str(BUNDLED_CHECKPOINT))) == BUNDLED_CHECKPOINT
 
 
 def test_settings_reach_the_engine() -> None:

@@ -30,7 +30,7 @@ from model.checkpoint import resolve_checkpoint
 from model.config import Qwen2AudioConfig
 from model.errors import ModelError
 from model.weight_files import check_headers, tensor_files
-from server.__main__ import BUNDLED_CHECKPOINT, start_engine
+from server.__main__ import BUNDLED_CHECKPOINT, chosen_model, start_engine
 from server.access.key_file import KeysError
 from server.app import api_keys, create_app
 from server.http.cross_site import is_loopback
@@ -212,7 +212,7 @@ def _checkpoint(settings: Settings) -> tuple[Path | None, Check]:
     has_weights = settings.load_format == "auto"
     try:
         folder = resolve_checkpoint(
-            settings.model or str(BUNDLED_CHECKPOINT),
+            chosen_model(settings),
             settings.revision,
             settings.download_dir,
             with_weights=has_weights,
