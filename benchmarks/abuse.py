@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import base64
 import gzip
-import io
 import json
 import multiprocessing
 import os
@@ -30,7 +29,6 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-import soundfile
 
 from benchmarks.front import QUESTION, make_body, make_clip
 from benchmarks.null_engine import serve
@@ -38,7 +36,7 @@ from benchmarks.report import finish
 from configs.settings import Settings
 from tests.audio.origin import Origin, redirect, response
 from tests.audio.signals import chirp, encoded, silent_film, written
-from tests.audio.test_hostile_files import UNREADABLE, flac_of_silence, index_bomb, wav_header
+from tests.audio.test_hostile_files import UNREADABLE, flac_of_silence, index_bomb, opus_of_silence, wav_header
 from tympan.load import percentiles
 
 MIB = 1 << 20
@@ -99,7 +97,7 @@ def files() -> dict[str, bytes]:
     unknown[21] &= 0xF0
     unknown[22:26] = bytes(4)
     found["2 hours of FLAC that do not say so"] = bytes(unknown)
-    found["an hour of Opus"] = hour_of_opus()
+    found["an hour of Opus"] = opus_of_silence(minutes=60)
     found["index of 2^30 samples"] = index_bomb()
     found["mp3, then 24 MiB of nothing"] = written(stereo, 48_000, "MP3")[:400] + bytes(24 * MIB)
     found["24 MiB of tag"] = b"ID3\x04\x00\x00\x0b\x7f\x7f\x7f" + bytes(24 * MIB)
@@ -115,15 +113,6 @@ def files() -> dict[str, bytes]:
     found["iamf"] = b"\x00\x00\x00\x18ftypiamf" + np.random.default_rng(0).bytes(100_000)
     found["cut aac"] = encoded(stereo, 48_000, "mp4", "aac")[:-3_000]
     return found
-
-
-def hour_of_opus() -> bytes:
-    """Silence, as few bytes as they come."""
-    file = io.BytesIO()
-    with soundfile.SoundFile(file, "w", 8_000, 1, format="OGG", subtype="OPUS") as opus:
-        for _ in range(60):
-            opus.write(np.zeros(60 * 8_000, np.float32))
-    return file.getvalue()
 
 
 def texts() -> dict[str, str]:

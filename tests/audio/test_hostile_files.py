@@ -137,6 +137,25 @@ def flac_of_silence(hours):
     return file.getvalue()
 
 
+def opus_of_silence(minutes):
+    """As few bytes as they come."""
+    file = io.BytesIO()
+    minute = np.zeros(60 * 8_000, np.float32)
+    with soundfile.SoundFile(file, "w", 8_000, 1, format="OGG", subtype="OPUS") as opus:
+        for _ in range(minutes):
+            opus.write(minute)
+    return file.getvalue()
+
+
+def test_minutes_of_opus_stop_at_the_limit():
+    """CVE-2026-54233: Ogg says nothing of its length at the beginning, so the decoder has to count."""
+    bomb = opus_of_silence(minutes=12)
+    assert len(bomb) < 400_000
+    growth_mib, seconds = cost_of_refusal(bomb, "audio_too_long")
+    assert growth_mib < 100
+    assert seconds < 10
+
+
 def test_compressed_hours_stop_at_the_limit():
     bomb = flac_of_silence(hours=2)
     assert len(bomb) < 500_000

@@ -1,10 +1,11 @@
 """What other servers' advisories were about, a row each, against the bundled checkpoint: status, time, life after.
 
-What takes more than one request (keys, tenants, redirects, disconnects) has tests of its own elsewhere.
+What takes more than one request (keys, tenants, redirects, disconnects) has a test of its own: `ELSEWHERE`.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from tests.audio.test_hostile_files import flac_of_silence, wav_header
-from tests.integration.conftest import ServerProcess, data_url, input_audio, text, wav
+from tests.integration.conftest import ROOT, ServerProcess, data_url, input_audio, text, wav
 from tests.reference import noise
 
 MAX_SECONDS = 5.0
@@ -91,6 +92,89 @@ ROWS: dict[str, tuple[tuple[str, Any], int, str | None]] = {
 }  # fmt: skip
 
 
+ELSEWHERE = {
+    "CVE-2025-6242 no packet, names of two faces": (
+        "audio/test_fetch.py", "test_spellings_of_loopback_get_no_packet"
+        " test_a_name_with_one_inside_address_is_refused"
+        " test_rebinding_name_is_resolved_once_per_connection_and_checked_each_time"
+        " test_proxies_in_the_environment_are_ignored"
+    ),
+    "CVE-2026-24779 tabs, signs, user information": (
+        "audio/test_fetch.py", "test_malformed_links_never_reach_the_network"
+    ),
+    "vLLM: redirects past the list": (
+        "audio/test_fetch.py", "test_evil_redirects_are_refused test_redirect_loops_end test_domain_list"
+    ),
+    "CVE-2026-34753 a batch": (
+        "tympan/test_batch_run.py", "test_links_to_inside_addresses_are_refused_in_their_lines"
+    ),
+    "SGLang: pipes, devices, links out": (
+        "audio/test_local_file.py", "test_all_else_is_refused_alike_and_at_once"
+        " test_through_the_loader_and_off_by_default"
+    ),
+    "CVE-2026-54233 Opus, in bounded memory": (
+        "audio/test_hostile_files.py", "test_minutes_of_opus_stop_at_the_limit"
+        " test_compressed_hours_stop_at_the_limit"
+    ),
+    "vllm#49948, vllm#51894 forged headers": (
+        "audio/test_hostile_files.py", "test_headers_out_of_range_are_refused"
+        " test_size_in_the_header_is_not_believed"
+    ),
+    "vllm#51895 a decoder that dies": (
+        "audio/test_decoder_pool.py", "test_many_at_once_and_some_of_them_bad test_memory_is_bounded"
+        " test_decoders_have_nothing_and_may_do_nothing"
+    ),
+    "CVE-2026-22778 what errors tell": (
+        "server/test_errors.py", "test_input_is_not_echoed test_bug_is_told_without_details"
+    ),
+    "vllm#45510, vLLM: bodies without end": (
+        "integration/test_bad_parameters.py", "test_two_gigabytes test_deep_nesting"
+    ),
+    "CVE-2026-44222 forged turns": (
+        "server/test_prompt.py", "test_control_tokens_cannot_be_forged test_only_trusted_spans_hold_control_tokens"
+    ),
+    "CVE-2025-48887 a compiler with a clock": (
+        "server/test_structured.py", "test_a_source_that_takes_too_long_ends_and_the_next_is_compiled"
+    ),
+    "CVE-2025-24357, CVE-2025-32444, CVE-2026-3059 pickles": (
+        "test_architecture.py",
+        "test_pickle_is_used_by_the_private_channel_alone test_nothing_is_loaded_by_torch_load_or_run_by_eval"
+    ),
+    "CVE-2026-27893, CVE-2026-22807, CVE-2025-66448 a checkpoint's code": (
+        "model/test_loader.py", "test_code_that_a_checkpoint_brings_is_not_run"
+    ),
+    "CVE-2025-59425 the time that keys take": (
+        "server/test_key_file.py", "test_times_do_not_tell_keys_apart test_every_key_is_compared"
+    ),
+    "CVE-2026-48746, vLLM: open routes": (
+        "server/test_closed.py", "test_every_route test_every_method test_every_spelling test_every_header"
+    ),
+    "CVE-2025-48956 headers": (
+        "server/test_connection.py", "test_too_large_headers test_too_many_header_fields"
+    ),
+    "CVE-2026-9540 who leaves": (
+        "integration/test_aborts.py", "test_whoever_leaves_at_any_stage_leaves_nothing_behind"
+    ),
+    "CVE-2025-46570, CVE-2025-25183 what caches tell": (
+        "integration/test_tenancy.py",
+        "test_a_key_finds_only_what_it_has_sent test_a_clip_is_encoded_and_fetched_for_each_key"
+    ),
+    "uuid: another's upload": ("server/test_files.py", "test_keys_do_not_share"),
+    "CVE-2026-21869 every number": (
+        "integration/test_bad_parameters.py", "test_every_parameter_out_of_its_bounds"
+        " test_every_field_of_a_form_out_of_its_bounds"
+    ),
+}  # fmt: skip
+"""CVE-2026-7302, a file written where the client says, has none: no request names a place to write to."""
+
+
+@pytest.mark.parametrize("row", ELSEWHERE)
+def test_an_advisory_has_its_test_elsewhere(row: str) -> None:
+    file, names = ELSEWHERE[row]
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    assert set(names.split()) <= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_advisory(row: str, bundled_server: ServerProcess) -> None:
     (path, body), status, code = ROWS[row]
@@ -107,14 +191,15 @@ def test_advisory(row: str, bundled_server: ServerProcess) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _it_lives_on(bundled_server: ServerProcess) -> Iterator[None]:
-    """Before and after: the same engine, with good constraints between bad ones."""
+    """Before and after: the same engine, with good constraints round bad ones."""
     engine = bundled_server.engine_pid()
-    yield
     good = ask(
         response_format=schema({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})
     )
-    answer = bundled_server.http.post(CHAT, json={**good[1], "max_tokens": 30})
-    assert answer.status_code == 200
+    body = {**good[1], "max_tokens": 30}
+    assert bundled_server.http.post(CHAT, json=body).status_code == 200
+    yield
+    assert bundled_server.http.post(CHAT, json=body).status_code == 200
     assert bundled_server.engine_pid() == engine
 
 
