@@ -121,6 +121,7 @@ def _attributes(record: RequestRecord, operation: str | None) -> dict[str, Attri
             "gen_ai.usage.input_tokens": sum(one.num_prompt_tokens for one in generations),
             "gen_ai.usage.cache_read.input_tokens": sum(one.num_cached_tokens for one in generations),
             "gen_ai.usage.output_tokens": sum(one.num_tokens for one in generations),
+            "tympan.detokenize.seconds": sum(one.detokenize_s for one in generations),
             "gen_ai.response.finish_reasons": [str(reason) for one in generations for reason in one.finish_reasons][
                 :MAX_STAGE_SPANS
             ],

@@ -83,6 +83,7 @@ def test_a_span_for_the_request_and_one_for_each_stage(
     attributes = dict(request.attributes or {})
     assert attributes.pop("gen_ai.usage.input_tokens", 0) > 30  # type: ignore[operator]
     assert attributes.pop("gen_ai.usage.output_tokens", 0) > 1  # type: ignore[operator]
+    assert 0 < attributes.pop("tympan.detokenize.seconds", 0) < 5  # type: ignore[operator]
     assert attributes == {
         "http.request.method": "POST",
         "http.route": CHAT,
