@@ -301,7 +301,7 @@ class Settings(BaseModel):
         "server",
         300,
         "seconds without a step, while requests wait, after which the engine is killed and started again: more than "
-        "the longest step takes; 0: never",
+        "the longest step takes; one that does not even compute is given 3; 0: never",
         ge=0,
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("server", "info", "least severe log lines")

@@ -45,6 +45,7 @@ from engine.messages import (
     ToEngine,
 )
 from engine.spawn import JOIN_SECONDS, end, spawn
+from engine.vital_signs import VitalSigns
 
 REAP_SECONDS = 1.0
 """How long its requests wait for a dead engine's exit code: nobody is the wiser for it."""
@@ -216,7 +217,9 @@ class ProcessEngineClient(_QueueClient):
     def __init__(self, process: SpawnProcess, connection: Connection, info: EngineInfo) -> None:
         self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         super().__init__(info, self._outbox.put)
+        assert process.pid is not None, "it has been started"
         self.process = process
+        self._signs = VitalSigns(process.pid)
         self._connection = connection
         self._threads = [
             threading.Thread(target=target, daemon=True, name=f"engine{target.__name__}")
@@ -246,6 +249,10 @@ class ProcessEngineClient(_QueueClient):
             await asyncio.to_thread(end, process)
             raise EngineStartError(first.reason)
         return cls(process, ours, first)
+
+    def has_stirred(self) -> bool:
+        """Whether its process has done anything since the last call."""
+        return self._signs.have_stirred()
 
     def kill(self, reason: str) -> None:
         """End the process at once, and with `reason` all requests in flight."""

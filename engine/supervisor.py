@@ -29,6 +29,8 @@ WINDOW_SECONDS = 600.0
 """In which restarts are counted."""
 WATCH_SECONDS = 1.0
 """Between two looks at an engine that may hang."""
+STILL_LIMIT_SECONDS = 3.0
+"""How long an engine with work may be silent and do nothing at all, not even compute."""
 SHORTEST_START_LIMIT_SECONDS = 300.0
 START_LIMIT_FACTOR = 5.0
 """How long a start may take: so many times as long as the first one did, or the shortest limit."""
@@ -138,14 +140,16 @@ class SupervisedEngineClient:
     async def _wait_until_it_fails(self) -> str:
         """-> why."""
         death = asyncio.create_task(self._client.wait_dead())
-        num_messages, silent_s = 0, 0.0
+        num_messages, silent_s, still_s = 0, 0.0, 0.0
         try:
             while not (await asyncio.wait({death}, timeout=WATCH_SECONDS))[0]:
                 is_silent = self._client.num_in_flight and self._client.num_messages == num_messages
                 num_messages = self._client.num_messages
                 silent_s += WATCH_SECONDS  # by no clock, which runs while we are stopped
                 silent_s *= bool(is_silent)
-                if 0 < self._policy.hang_timeout_s <= silent_s:
+                still_s = still_s + WATCH_SECONDS if is_silent and not self._client.has_stirred() else 0.0
+                limit_s = self._policy.hang_timeout_s
+                if 0 < limit_s <= silent_s or (limit_s and still_s >= STILL_LIMIT_SECONDS):
                     self._client.kill(f"it has hung for {silent_s:g} s")
             return death.result()
         finally:

@@ -71,6 +71,7 @@ TORCH_FREE_ENGINE = {
     "engine.speculation",
     "engine.step_sizes",
     "engine.supervisor",
+    "engine.vital_signs",
 }
 MAX_MODULE_LINES = 400
 MAX_READING_LINES = 2500

@@ -32,16 +32,20 @@ def sampling_params(
 ) -> SamplingParams:
     """How to sample the answer to a request, whose prompt leaves `room` tokens of the context.
 
-    `defaults` brings the end-of-sequence ids too. Raises ApiError for token ids out of the vocabulary.
+    `defaults` brings the end-of-sequence ids too. Raises ApiError for token ids out of the vocabulary and for
+    more `min_tokens` than there is room for.
     """
     temperature = _given(request.temperature, defaults.temperature)
     stop_ids = request.stop_token_ids or []
     check_token_ids(stop_ids, vocab_size, "stop_token_ids")
     eos_ids = () if request.ignore_eos else defaults.eos_token_ids
     max_tokens = min(_given(request.token_limit, room), room)
+    if request.min_tokens is not None and request.min_tokens > max_tokens:
+        message = f"Invalid 'min_tokens': the prompt leaves room for {room} tokens."
+        raise bad_request(message, "min_tokens", "invalid_value")
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=min(request.min_tokens or 0, max_tokens),
+        min_tokens=request.min_tokens or 0,
         temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
         top_k=max(_given(request.top_k, defaults.top_k), 0),
         top_p=max(_given(request.top_p, defaults.top_p), SMALLEST_TOP_P),

@@ -41,12 +41,16 @@ class _Process:
         self.info = EngineInfo(max_model_len, 600, "cpu", "float32", "", "", "", 10, 16, 8, 512, "", 0.0)
         self.death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.num_finished = self.num_messages = self.num_in_flight = self.num_closed = 0
+        self.stirs = True
 
     async def wait_dead(self) -> str:
         return await asyncio.shield(self.death)
 
     def kill(self, reason: str) -> None:
         self.death.set_result(reason)
+
+    def has_stirred(self) -> bool:
+        return self.stirs
 
     def check_health(self) -> None:
         if self.death.done():
@@ -193,6 +197,33 @@ def test_only_silence_under_work_is_a_hang() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("hang_timeout_s", [300.0, 0.0])
+def test_a_still_engine_is_given_less_time_than_one_that_computes(
+    hang_timeout_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "STILL_LIMIT_SECONDS", 0.2)
+    starts = _Starts()
+
+    async def test(client: SupervisedEngineClient) -> None:
+        engine = starts.engines[0]
+        engine.stirs = False
+        await asyncio.sleep(0.4)  # nothing to do
+        engine.num_in_flight = 1
+        engine.stirs = True
+        await asyncio.sleep(0.4)  # a long step
+        assert not engine.death.done()
+        engine.stirs = False
+        if hang_timeout_s:
+            await until(engine.death.done)
+            assert "hung" in engine.death.result()
+        else:
+            await asyncio.sleep(0.5)
+            assert not engine.death.done()
+
+    supervise(starts, test, RestartPolicy(hang_timeout_s=hang_timeout_s))
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_engine_that_is_not_what_the_server_was_built_for_does_not_serve() -> None:
     starts = _Starts()
 
@@ -254,7 +285,7 @@ def test_killed_and_hung_engines_end_their_requests_and_the_next_ones_answer_ali
             failed = time.monotonic()
             for result in await asyncio.gather(*tasks, return_exceptions=True):
                 assert isinstance(result, EngineDeadError)
-            assert time.monotonic() - failed < 30
+            assert time.monotonic() - failed < 30  # 3 to 4 on a machine with nothing else to do
             with pytest.raises(EngineDeadError):
                 await collect(client, "meanwhile", max_tokens=8)
             await until(lambda: serves(client), 60)
@@ -266,7 +297,7 @@ def test_killed_and_hung_engines_end_their_requests_and_the_next_ones_answer_ali
         assert client.num_restarts == len(pids) == 2
         assert fds[0] == fds[-1], f"each restart leaves a file descriptor: {fds}"
 
-    with_real(gqa_folder, test, hang_timeout_s=2.0)
+    with_real(gqa_folder, test)
 
 
 def test_closing_in_the_middle_of_a_restart_leaves_no_process(gqa_folder: Path) -> None:

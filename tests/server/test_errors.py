@@ -92,6 +92,8 @@ INVALID = {
     "stop id": (chat(stop_token_ids=[600]), "stop_token_ids", "invalid_value"),
     "negative stop id": (chat(stop_token_ids=[-1]), "stop_token_ids[0]", "integer_below_min_value"),
     "min_tokens": (chat(min_tokens=5, max_tokens=4), "min_tokens", "invalid_value"),
+    "min_tokens without room": (chat(min_tokens=60_000), "min_tokens", "invalid_value"),
+    "min_tokens below the limit": (chat(min_tokens=60_000, max_tokens=70_000), "min_tokens", "invalid_value"),
     "repetition_penalty": (chat(repetition_penalty=0), "repetition_penalty", "integer_below_min_value"),
     "top_k": (chat(top_k=-2), "top_k", "integer_below_min_value"),
     "min_p": (chat(min_p=1.01), "min_p", "decimal_above_max_value"),
