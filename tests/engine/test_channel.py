@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import pickle
 import socket
 import threading
@@ -165,7 +166,8 @@ def test_an_end_that_goes_away_is_told(cut: int) -> None:
 def test_a_full_pipe_does_not_hold_up_the_event_loop() -> None:
     """An engine that takes nothing off the pipe: clips wait in a thread, the loop goes on, and nothing is lost."""
     info = EngineInfo(256, 600, "cpu", "float32", "", "reference", "", 100, 16, 8, 64, "", 0.0)
-    process = SimpleNamespace(kill=lambda: None, join=lambda timeout=None: None, exitcode=0, is_alive=lambda: False)
+    ending = {"kill": lambda: None, "join": lambda timeout=None: None, "is_alive": lambda: False}
+    process = SimpleNamespace(pid=os.getpid(), exitcode=0, **ending)
     num_requests = 8
 
     async def main() -> None:
